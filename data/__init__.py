@@ -1,0 +1,115 @@
+"""Data sets: `data/<name>/prepare.py` writes token files once, `load(name)` opens them.
+
+A prepared folder holds train.npy, val.npy and test.npy (uint16, uint32 above 65,536 tokens), tokenizer.json and meta.json. There are two kinds:
+- "stream": 1-D (T,), a running text from which the trainer cuts windows;
+- "examples": 2-D (N, L), one canvas per row, and beside it <split>_response.npy (bool, same shape): True where the model must fill the
+  position (it may be masked), False where it is shown (the prompt, given cells). Padding with <eos> belongs to the response.
+
+A task with a right answer defines `check(filled, solution, given) -> bool` in its prepare.py. All three are decoded canvases of L tokens:
+`filled` is what the model produced, `solution` the reference, `given` the reference with "_" at every position the model had to fill.
+Special tokens appear by name ("<eos>"). `Dataset.correct` makes the three from token ids.
+"""
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from zoo import tokenizer as tokenizers
+
+HERE, FORMAT, SPLITS = Path(__file__).resolve().parent, 1, ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    folder: Path
+    meta: dict
+    tokenizer: tokenizers.Tokenizer
+    check: Callable[[str, str, str], bool] | None  # None: the text has no right answer
+    layout: Callable[[str], str]                   # a canvas as a person wants to see it, e.g. as a grid
+
+    name = property(lambda self: self.meta["name"])
+    mask_id = property(lambda self: self.meta["mask_id"])
+    eos_id = property(lambda self: self.meta["eos_id"])
+
+    def tokens(self, split: str) -> np.memmap:
+        """(N, L) examples or a (T,) stream, read-only."""
+        return _open(self.folder / f"{split}.npy")
+
+    def response(self, split: str) -> np.memmap | None:
+        """(N, L) bool, True = to be filled by the model; None for a stream."""
+        return _open(self.folder / f"{split}_response.npy") if self.meta["kind"] == "examples" else None
+
+    def text(self, ids, mask: str = "_") -> str:
+        """The canvas (L,) as one string, as `check` takes it."""
+        names = {i: name for name, i in self.tokenizer.specials.items()}
+        return self.tokenizer.decode([int(i) for i in ids]).replace(names[self.mask_id], mask)
+
+    def show(self, ids, mask: str = "_") -> str:
+        """The canvas (L,) for a reader: laid out by the task, without the <eos> padding at its end."""
+        ids = [int(i) for i in ids]
+        while ids and ids[-1] == self.eos_id:
+            ids.pop()
+        return self.layout(self.text(ids, mask))
+
+    def correct(self, filled, solution, response) -> bool:
+        """`check` on token ids, each (L,): the model's canvas, the reference, and where the model had to fill."""
+        given = np.where(np.asarray(response), self.mask_id, np.asarray(solution))
+        return self.check(self.text(filled), self.text(solution), self.text(given))
+
+
+def names() -> list[str]:
+    """The data sets there are, prepared or not."""
+    return sorted(path.parent.name for path in HERE.glob("*/prepare.py"))
+
+
+def load(name: str | Path) -> Dataset:
+    """Open a data set by its name, or by the folder it was written to (`prepare.py --out`). A generated one that is absent is made first.
+
+    Raises FileNotFoundError (with the command to type) for one that must be downloaded, ValueError for an unknown name or damaged files."""
+    named = str(name) in names()
+    folder = HERE / name if named else Path(name)
+    if not (folder / "meta.json").is_file():
+        if not named:
+            raise ValueError(f"no data set {str(name)!r}: choose one of {', '.join(names())}, or a folder with a meta.json")
+        prepare = importlib.import_module(f"data.{name}.prepare")
+        if prepare.SOURCE != "generated":
+            raise FileNotFoundError(f"data set {name} is not prepared: run `python data/{name}/prepare.py` first")
+        print(f"data set {name} is not prepared yet: running `python data/{name}/prepare.py`", file=sys.stderr)
+        with contextlib.redirect_stdout(sys.stderr):  # a caller's own output stays clean
+            prepare.main([])
+    try:
+        return _checked(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"the data set in {folder} is damaged ({reason}): prepare it again") from error
+
+
+def _checked(folder: Path) -> Dataset:
+    """The data set, if its files agree with each other."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT or meta["name"] not in names():
+        raise ValueError(f"meta.json is of format {meta['format']}, task {meta['name']!r}; this version reads format {FORMAT} of {', '.join(names())}")
+    prepare = importlib.import_module(f"data.{meta['name']}.prepare")
+    dataset = Dataset(folder, meta, tokenizers.load(folder), prepare.check, getattr(prepare, "layout", str))
+    if dataset.tokenizer.fingerprint != meta["tokenizer"]:
+        raise ValueError("tokenizer.json is not the one that wrote the tokens")
+    for split in SPLITS:
+        tokens, response, count = dataset.tokens(split), dataset.response(split), meta["splits"][split]
+        shape = (count,) if response is None else (count, meta["length"])
+        if tokens.shape != shape or (response is not None and (response.shape != shape or response.dtype != bool)):
+            raise ValueError(f"{split}: meta.json says {shape}, {split}.npy or {split}_response.npy is something else")
+        if tokens.dtype.kind != "u" or tokens.max() >= meta["vocab_size"]:
+            raise ValueError(f"{split}.npy has ids outside the vocabulary of {meta['vocab_size']}")
+    return dataset
+
+
+def _open(path: Path) -> np.memmap:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path.name}: {error}") from error

@@ -1,0 +1,38 @@
+"""Tiny Shakespeare, one token per character: a real text of 1,115,394 characters to model, as in nanoGPT.
+
+    ROMEO:
+    But, soft! what light through yonder window breaks?
+
+The vocabulary is the 65 characters of the text and <mask>. train.npy is the first 90 % of the text, exactly nanoGPT's training split. nanoGPT's
+validation split, the last 10 %, is cut into two halves, val.npy and test.npy: nothing the model is trained on differs, and a figure over val
+and test together is over the same text as nanoGPT's. There is no right answer, so `check` is None.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
+from data.common import options, read_text, run, write_dataset
+from zoo.tokenizer import CharTokenizer
+
+SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+check = None
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__, __file__)
+    parser.add_argument("--source", default=SOURCE, help="address or file of the text (any UTF-8 text of 1,000 characters or more)")
+    args = parser.parse_args(argv)
+    text = read_text(args.source, "plain text")
+    if len(text) < 1000:
+        raise ValueError(f"{args.source}: {len(text)} characters are too few; expected a text of 1,000 or more")
+    tokenizer = CharTokenizer(sorted(set(text)), ["<mask>"])
+    tokens = np.array(tokenizer.encode(text))
+    train, val, test = np.split(tokens, [int(0.9 * len(tokens)), int(0.95 * len(tokens))])
+    write_dataset(args.out, "shakespeare_char", tokenizer, {"train": train, "val": val, "test": test}, mask_id=tokenizer.specials["<mask>"],
+                  eos_id=None, source=args.source, licence="public domain" if args.source == SOURCE else "as its source", argv=argv, facts={})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""Sudoku: a Latin square whose boxes hold each digit once too, and here with exactly one solution.
+
+    given           the solution
+    _ _ _ 5 6 _     1 3 4 5 6 2
+    _ _ _ 3 _ 1     5 6 2 3 4 1
+    2 _ 6 _ 5 _     2 1 6 4 5 3
+    _ 4 _ _ 2 _     3 4 5 1 2 6
+    6 5 _ _ _ _     6 5 1 2 3 4
+    _ _ _ _ 1 _     4 2 3 6 1 5
+
+The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in reading order, one token each, without
+separators; the vocabulary is the digits and <mask>. The model fills the empty cells; as there is one solution, the answer counts when it is that.
+
+Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards that end in a contradiction are
+thrown away (every board can come out, not all equally often). Then cells are emptied in random order, each only if the solution stays the only
+one, until --given are left. All of it runs on many boards at once, a cell being a bit set of its possible digits.
+Puzzles whose solutions are equal up to a renaming of the digits always fall into the same split.
+"""
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
+from data.common import collect, options, run, sizes, write_dataset
+from data.latin.prepare import layout, relabelled  # noqa: F401 (load() looks for layout here)
+from zoo.tokenizer import CharTokenizer
+
+SOURCE = "generated"
+BOX = {6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
+COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
+
+
+class Rules:
+    """Many boards at once. A board is (n*n,) bit sets of the digits still possible in each cell, boards are (B, n*n) uint16."""
+
+    def __init__(self, n: int):
+        cell, (height, width) = np.arange(n * n), BOX[n]
+        row, column = cell // n, cell % n
+        box = row // height * (n // width) + column // width
+        self.n, self.full = n, (1 << n) - 1
+        self.units_of = np.stack((row, n + column, 2 * n + box))  # (3, n*n): the three units of a cell
+        self.units = np.stack([cell[(self.units_of == unit).any(0)] for unit in range(3 * n)])  # (3n, n): the cells of a unit
+
+    def propagate(self, boards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Follow forced moves to their end: a digit fixed in a unit leaves its other cells; a digit with one place in a unit goes there.
+        Returns the boards and (B,) bool: no contradiction was found."""
+        boards, alive, active = boards.copy(), np.ones(len(boards), bool), np.arange(len(boards))
+        while len(active):
+            old = boards[active]
+            fixed = np.where(COUNT[old] == 1, old, 0).astype(np.uint16)
+            taken = np.bitwise_or.reduce(fixed[:, self.units], 2)  # (b, 3n)
+            new = np.where(fixed > 0, fixed, old & ~np.bitwise_or.reduce(taken[:, self.units_of], 1))
+            once, twice = np.zeros_like(taken), np.zeros_like(taken)
+            for place in self.units.T:  # (3n,): one cell of every unit
+                twice |= once & new[:, place]
+                once |= new[:, place]
+            forced = new & np.bitwise_or.reduce((once & ~twice)[:, self.units_of], 1)
+            # every digit has a place in every unit (so none stands twice in one that is full), every cell a digit, no cell two forced ones
+            ok = (once == self.full).all(1) & (new > 0).all(1) & (COUNT[forced] <= 1).all(1)
+            new = np.where(forced > 0, forced, new)
+            boards[active], alive[active] = new, ok
+            active = active[ok & (new != old).any(1)]
+        return boards, alive
+
+    def solvable(self, boards: np.ndarray) -> np.ndarray:
+        """(B,) bool: some completion exists. Breadth-first: a board without forced moves is replaced by one board per digit of its tightest cell."""
+        found, owner = np.zeros(len(boards), bool), np.arange(len(boards))
+        while len(boards):
+            boards, alive = self.propagate(boards)
+            solved = alive & (COUNT[boards] == 1).all(1)
+            found[owner[solved]] = True
+            going = alive & ~found[owner]
+            boards, owner = boards[going], owner[going]
+            cell = np.where(COUNT[boards] > 1, COUNT[boards], 99).argmin(1)
+            choices = boards[np.arange(len(boards)), cell][:, None] & (1 << np.arange(self.n))  # (b, n)
+            parent, digit = np.nonzero(choices)
+            boards, owner = boards[parent], owner[parent]
+            boards[np.arange(len(boards)), cell[parent]] = 1 << digit
+        return found
+
+    def solutions(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """At most `count` filled boards (b, n*n): random digits into random tightest cells, boards that end in a contradiction are dropped."""
+        boards = np.full((count, self.n**2), self.full, np.uint16)
+        while (COUNT[boards] > 1).any():
+            choices = COUNT[boards]
+            cell = np.where(choices > 1, choices + rng.random(choices.shape), 99).argmin(1)
+            i = np.arange(len(boards))
+            open_ = (boards[i, cell][:, None] & (1 << np.arange(self.n))) > 0  # (b, n)
+            boards[i, cell] = 1 << (open_ * rng.random(open_.shape)).argmax(1)
+            boards, alive = self.propagate(boards)
+            boards = boards[alive]
+        return boards
+
+    def puzzles(self, solutions: np.ndarray, given: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Empty cells in random order, each only if no other digit could stand there, until `given` are left.
+        Returns the solutions for which that worked and (b, n*n) bool, True = empty."""
+        empty, i = np.zeros(solutions.shape, bool), np.arange(len(solutions))
+        for cell in rng.random(solutions.shape).argsort(1).T:  # (B,): the next cell of every board
+            other = np.where(empty, self.full, solutions)
+            other[i, cell] = self.full & ~solutions[i, cell]
+            todo = empty.sum(1) < self.n**2 - given
+            todo[todo] = ~self.solvable(other[todo])
+            empty[i[todo], cell[todo]] = True
+        done = empty.sum(1) == self.n**2 - given
+        return solutions[done], empty[done]
+
+
+def check(filled: str, solution: str, given: str) -> bool:
+    """There is one solution."""
+    return filled == solution
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__, __file__)
+    parser.add_argument("--size", type=int, default=6, choices=BOX, help="cells per row")
+    parser.add_argument("--given", type=int, help="given cells (default: 12 of 36, 32 of 81)")
+    sizes(parser, train=50_000)
+    args = parser.parse_args(argv)
+    n, fewest = args.size, {6: 9, 9: 24}[args.size]
+    given = {6: 12, 9: 32}[n] if args.given is None else args.given
+    if not fewest <= given < n * n:
+        raise ValueError(f"--given goes from {fewest} (fewer are too rare to find) to {n * n - 1} for --size {n}")
+    rules, tokenizer = Rules(n), CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
+
+    def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+        while True:
+            boards, empty = rules.puzzles(rules.solutions(rng, 1024), given, rng)
+            tokens = COUNT[boards - 1]  # the bit of digit d is 2**(d - 1), so d - 1 bits lie below it
+            yield [relabelled(board) for board in tokens], tokens, empty
+
+    write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE, licence="none needed",
+                  argv=argv, facts={"seed": args.seed, "size": n, "given": given})
+
+
+if __name__ == "__main__":
+    run(main)

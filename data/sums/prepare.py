@@ -1,0 +1,65 @@
+"""Running sums: a chain of thought in which every step needs the one before.
+
+    37+58+16+94=95,111,205.
+
+The prompt is a sum of two-digit numbers, the response writes down every partial sum: 37+58 = 95, 95+16 = 111, 111+94 = 205. A model that
+fills all positions in one pass would have to do all the additions at once; filling one token at a time it only ever adds two numbers.
+The answer counts when every partial sum is right. Characters are tokens; the response is padded with <eos> to a fixed length.
+
+Two problems with the same terms in another order are the same problem: they always fall into the same split.
+"""
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
+from data.common import collect, options, run, sizes, write_dataset
+from zoo.tokenizer import CharTokenizer
+
+SOURCE = "generated"
+TOKENIZER = CharTokenizer("0123456789+=,.", ["<eos>", "<mask>"])
+
+
+def problem(terms: list[int]) -> tuple[str, str]:
+    """The prompt and the response."""
+    partial = np.cumsum(terms)[1:]
+    return "+".join(map(str, terms)) + "=", ",".join(map(str, partial)) + "."
+
+
+def check(filled: str, solution: str, given: str) -> bool:
+    """Every partial sum is right; what stands after the first <eos> does not count."""
+    return filled.split("<eos>")[0] == solution.split("<eos>")[0]
+
+
+def main(argv: list[str]) -> None:
+    parser = options(__doc__, __file__)
+    parser.add_argument("--terms", type=int, default=4, help="numbers to add, 2 to 20: the chain has one step less")
+    parser.add_argument("--digits", type=int, default=2, help="digits of each number, 1 to 6")
+    sizes(parser, train=100_000)
+    args = parser.parse_args(argv)
+    if not (2 <= args.terms <= 20 and 1 <= args.digits <= 6):
+        raise ValueError("--terms goes from 2 to 20 and --digits from 1 to 6")
+    low, high = 10 ** (args.digits - 1), 10**args.digits  # no leading zeros, so every prompt has the same length
+    prompt_length, length = map(len, problem([high - 1] * args.terms))
+    length += prompt_length
+    eos_id, mask_id = TOKENIZER.specials["<eos>"], TOKENIZER.specials["<mask>"]
+    is_response = np.arange(length) >= prompt_length
+
+    def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+        while True:
+            numbers = rng.integers(low, high, (2048, args.terms))
+            tokens = np.full((len(numbers), length), eos_id, np.uint16)
+            for row, terms in zip(tokens, numbers):
+                ids = TOKENIZER.encode("".join(problem(terms)))
+                row[:len(ids)] = ids
+            keys = [" ".join(map(str, sorted(terms))) for terms in numbers]
+            yield keys, tokens, np.tile(is_response, (len(numbers), 1))
+
+    write_dataset(args.out, "sums", TOKENIZER, collect(args, draws), mask_id=mask_id, eos_id=eos_id, source=SOURCE, licence="none needed",
+                  argv=argv, facts={"seed": args.seed, "terms": args.terms, "digits": args.digits})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,808 @@
+"""Residual Context Diffusion (RCD), the whole method in one file.
+
+A masked-diffusion language model starts from a canvas of [MASK] tokens. At every denoising step it predicts a distribution p_i for every
+masked position i, commits the few it is sure of, and throws the other predictions away. RCD (arXiv 2601.22954) keeps them. Each discarded
+distribution becomes a soft embedding, and that is mixed into the [MASK] embedding which the next step reads:
+
+    Delta_i = sum_j p_ij E_j                                            (Eq. 1)  residual: expected input embedding, E is (V, D)
+    e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i                   (Eq. 2)  at masked positions; plain E[x_i] at all others
+    alpha_i = H(p_i) / log V                                            (Eq. 3)  normalised entropy: the less certain, the more residual
+
+Training (Algorithm 1) has two stages. Fine-tune a reference with the plain masked loss and freeze it; then train the target, started from
+the same base, on inputs e built from the reference's p. Sampling (Algorithm 2) feeds the target its own p of the step before.
+
+Read from top to bottom:  1 Config   2 Transformer   3 Forward process and masks   4 The residual   5 The loss   6 The sampler   7 Files
+
+Shapes: B batch, T canvas length, b block length, D width, V vocabulary, H heads, G key-value heads, K head width, N rows that matter (the
+masked ones): lm_head, softmax, entropy and p.E never run on any other row.
+"""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1 << 25  # elements: an (N, V) float32 temporary never exceeds this many (128 MiB), whatever V is
+
+
+def row_chunks(n: int, vocab_size: int) -> Iterator[slice]:
+    """Slices that cover range(n) so that rows * vocab_size <= CHUNK."""
+    size = max(1, CHUNK // vocab_size)
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 1. Config
+
+
+@dataclass
+class Config:
+    """Everything that defines a model. The options are those that SDAR, LLaDA, Dream and Fast-dLLM v2 weights need (see zoo/)."""
+
+    vocab_size: int = 64  # V: rows of the embedding table
+    n_layer: int = 4
+    n_head: int = 4  # H: query heads
+    n_kv_head: int = 4  # G: key-value heads, shared by H / G query heads each (grouped-query attention)
+    head_dim: int = 32  # K: never derived from d_model / n_head (SDAR-4B has 32 heads of 128 in a width of 2560)
+    d_model: int = 128  # D: width of the residual stream
+    d_ff: int = 344  # hidden width of the SwiGLU
+    max_len: int = 256  # longest canvas in tokens that the model was made for
+    block_size: int = 0  # attention: 0 = fully bidirectional (LLaDA), b = block-causal over absolute blocks of b tokens (SDAR)
+    mask_id: int = 63  # id of [MASK]; its logit is always -inf, so it is never drawn and never left behind
+    eos_ids: tuple[int, ...] = ()  # any of these ends a response at the end of its block
+    pad_id: int = 0  # fills what follows an end
+    real_vocab: int = 0  # ids from here up are padding rows of the table, never drawn; 0 = vocab_size
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rotary_dim: int = 0  # how many of the K dimensions rotate; 0 = all
+    norm_eps: float = 1e-6
+    qk_norm: bool = True  # RMSNorm on every query and key head before the rotation (Qwen3, SDAR)
+    qkv_bias: bool = False  # (Qwen2.5, Dream, Fast-dLLM v2)
+    tied: bool = True  # the head shares the embedding table
+    logit_shift: bool = False  # row i - 1 predicts token i (Dream, Fast-dLLM v2: models that were autoregressive)
+
+    def __post_init__(self):
+        self.eos_ids = tuple(self.eos_ids)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise ValueError(f"mask_id={self.mask_id} must be a row of the embedding table: 0 <= mask_id < vocab_size={self.vocab_size}")
+        if (self.rotary_dim or self.head_dim) % 2:
+            raise ValueError("rotary_dim (or head_dim when rotary_dim=0) must be even: RoPE rotates pairs")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """A Config from JSON; an unknown or missing key is an error that names it."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown Config fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 2. Transformer: Llama-style, pre-norm. It takes embeddings, not ids, so that a soft input is nothing special; the head runs on the rows
+#    that it is asked for. Parameter names are those of the Qwen checkpoints, so most weights of the zoo load without renaming.
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 whatever the input's dtype (half-precision squares overflow and lose the small ones)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE, half-split: pairs are (i, i + R/2) within the first R dimensions. x (B, H, T, K), cos and sin (B, 1, T, R/2) in float32."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)  # (B, H, T, K)
+
+
+class KVCache:
+    """Keys (after norm and rotation) and values by absolute position, exact for block-causal attention.
+
+    A forward *overwrites* the positions that it is given, so a block being denoised needs no special case: it is rewritten at every step,
+    and for the last time, clean, by the first forward of the next block. Position -1 (padding on the left of a window) is a bin.
+    """
+
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, rows, length + 1, config.n_kv_head, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.rows, self.positions, self.stop = torch.arange(rows, device=device), torch.empty(0), 0  # set by point_at
+
+    def point_at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
+        """The next forward writes positions (n, W) of these rows (n,) and reads positions [0, stop)."""
+        self.rows, self.positions, self.stop = rows, positions, stop
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (n, W, G, K); return all keys and values of these rows, each (n, stop, G, K)."""
+        out = []
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[self.rows[:, None], self.positions] = new.to(store.dtype)
+            out.append((store if len(self.rows) == len(store) else store[self.rows])[:, : self.stop])
+        return out[0], out[1]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, heads, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads, config.d_model, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(config.head_dim, config.norm_eps), RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        c, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_proj(x).view(B, T, c.n_kv_head, c.head_dim).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(B, T, c.n_kv_head, c.head_dim).transpose(1, 2)  # (B, G, T, K)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, S, G, K)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, K)
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_head * c.head_dim))  # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """embed() -> forward() -> logits(): ids (B, T) to embeddings (B, T, D) to final hidden states (B, T, D) to logits (N, V)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.remat = False  # recompute every layer in backward: less memory for a third more compute (activation checkpointing)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
+        """Normal(0, 0.02), the projections that write into the residual stream divided by sqrt(2 n_layer) (GPT-2); norms 1, biases 0."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+            else:
+                nn.init.constant_(p, float(name.endswith("norm.weight")))
+        return self
+
+    @property
+    def embedding(self) -> Tensor:
+        """E (V, D): the input table, which the residual's expectation runs over."""
+        return self.embed_tokens.weight
+
+    @property
+    def head(self) -> Tensor:
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight  # (V, D)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embed_tokens(tokens)  # (B, T) -> (B, T, D)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D), positions (B or 1, T), mask boolean (B or 1, 1, T, S), True = may attend, None = all -> hidden (B, T, D)."""
+        half = (self.config.rotary_dim or self.config.head_dim) // 2
+        frequencies = self.config.rope_theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)  # (R/2,)
+        angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, R/2)
+        cos, sin = angles.cos(), angles.sin()
+        for layer in self.layers:
+            if self.remat and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+    def rows(self, hidden: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """The hidden states that predict the tokens at the cells where = (row, column): (N, D). Under logit_shift one column earlier."""
+        row, column = where
+        return hidden[row, (column - 1).clamp(min=0) if self.config.logit_shift else column]
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """rows (N, D) -> logits (N, V); [MASK] and padded rows of the table are -inf: they can be neither drawn nor carried."""
+        z = F.linear(rows, self.head)
+        z[:, self.config.mask_id] = -math.inf
+        if self.config.real_vocab:
+            z[:, self.config.real_vocab :] = -math.inf
+        return z
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 3. Forward process and masks
+
+
+def mask_tokens(tokens: Tensor, response: Tensor, t: Tensor, noise: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """The forward process q(x_t | x_0): mask each response token on its own with probability t; the prompt is never masked.
+
+    tokens (B, T) ids; response (B, T) bool, True = maskable; t (B, 1) or (B, T) in (0, 1]; noise (B, T) uniform in [0, 1).
+    Returns x_t (B, T) and masked (B, T) bool. The same noise at a larger t masks a superset: an earlier state of the same trajectory.
+    """
+    masked = response & (noise < t)
+    return tokens.masked_fill(masked, mask_id), masked
+
+
+def sample_t(rows: int, generator: torch.Generator | None, device: torch.device | str = "cpu", t_min: float = 1e-3) -> Tensor:
+    """t ~ U(t_min, 1), (B, 1), stratified over the batch: each row stays uniform, the batch covers the interval (less variance)."""
+    u = torch.rand(1, generator=generator, device=device) + torch.arange(rows, device=device) / rows
+    u = u[torch.randperm(rows, generator=generator, device=device)] % 1
+    return (t_min + (1 - t_min) * u)[:, None]  # (B, 1)
+
+
+def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
+    """A query sees every key whose block is not later than its own. q_pos (B, T), k_pos (B, S) absolute -> (B, T, S) bool."""
+    return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
+
+
+def noisy_clean_mask(positions: Tensor, block_size: int) -> Tensor:
+    """Attention for training a block-causal model on all its blocks at once (block diffusion, arXiv 2503.09573).
+
+    The input is [noisy | clean], 2T tokens with the positions twice. A noisy block sees itself and the *clean* blocks before it; a clean
+    block sees clean blocks up to itself; nothing clean sees anything noisy. positions (B, T) -> (B, 2T, 2T) bool.
+    """
+    block = positions // block_size  # (B, T)
+    q, k = block[:, :, None], block[:, None, :]  # (B, T, 1), (B, 1, T)
+    noisy = torch.cat([q == k, k < q], dim=2)  # (B, T, 2T)
+    clean = torch.cat([torch.zeros_like(q == k), k <= q], dim=2)  # (B, T, 2T)
+    return torch.cat([noisy, clean], dim=1)
+
+
+def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Hidden states (B, T, D) of the noisy input x (B, T, D), under the model's own attention.
+
+    tokens (B, T) are the clean ids; only a block-causal model reads them (earlier blocks are clean when a block is denoised).
+    segments (B, T), optional: document number of every token of a packed row; documents do not see each other, positions restart.
+    """
+    B, T, _ = x.shape
+    positions = torch.arange(T, device=x.device)[None]  # (1, T)
+    if segments is not None:
+        first = torch.ones_like(segments, dtype=torch.bool)
+        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        positions = positions - torch.where(first, positions, 0).cummax(dim=1).values  # (B, T)
+    same = None if segments is None else segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+    if not model.config.block_size:
+        return model(x, positions, None if same is None else same[:, None])
+    mask = noisy_clean_mask(positions, model.config.block_size)
+    if same is not None:
+        mask = mask & same.repeat(1, 2, 2)  # (B, 2T, 2T)
+    hidden = model(torch.cat([x, model.embed(tokens)], dim=1), positions.repeat(1, 2), mask[:, None])  # (B, 2T, D)
+    noisy, clean = hidden.split(T, dim=1)
+    if model.config.logit_shift:  # the row before a block's first token is a clean one, as it is in sampling
+        last = (positions + 1) % model.config.block_size == 0  # (B, T)
+        noisy = torch.where(last[..., None], clean, noisy)
+    return noisy
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 4. The residual
+
+WEIGHTS = ("entropy", "confidence", "fixed", "one", "1-entropy", "1-confidence", "top-1")
+STARTS = ("cold", "warm", "self", "dirichlet")
+
+
+@dataclass
+class Residual:
+    """What is carried from step to step: everything that the paper ablates about it is a choice here."""
+
+    weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed | one | 1-entropy | 1-confidence | top-1 (E[argmax], 1)
+    fixed: float = 0.3  # alpha under weight=fixed
+    t_res: float = 1.0  # residual temperature T_res: alpha is taken from softmax(logits / T_res); below 1 injects less
+    temper_delta: bool = False  # T_res tempers Delta too (Algorithm 2, line 25 does not; section 3.3 can be read either way)
+
+    def __post_init__(self):
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"weight={self.weight!r}: choose from {', '.join(WEIGHTS)}")
+        if self.t_res <= 0:
+            raise ValueError(f"t_res={self.t_res} must be above 0")
+        if not 0 <= self.fixed <= 1:
+            raise ValueError(f"fixed={self.fixed} must lie in [0, 1]")
+
+    def __call__(self, logits: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. No gradient.
+
+        The softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V.
+        """
+        N, V = logits.shape
+        alpha = torch.empty(N, device=logits.device, dtype=torch.float32)
+        delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
+        with torch.no_grad():
+            for rows in row_chunks(N, V):
+                z = logits[rows].float()
+                p = z.softmax(-1)  # (n, V)
+                p_res = p if self.t_res == 1 else (z / self.t_res).softmax(-1)  # (n, V)
+                if self.temper_delta:
+                    p = p_res
+                if self.weight in ("entropy", "1-entropy"):
+                    a = torch.special.entr(p_res).sum(-1) / math.log(V)  # Eq. 3; entr(0) = 0
+                elif self.weight in ("confidence", "1-confidence"):
+                    a = p_res.amax(-1)
+                else:
+                    a = torch.full_like(alpha[rows], self.fixed if self.weight == "fixed" else 1.0)
+                alpha[rows] = 1 - a if self.weight.startswith("1-") else a
+                delta[rows] = embedding[p.argmax(-1)] if self.weight == "top-1" else p.to(embedding.dtype) @ embedding  # Eq. 1
+        return alpha, delta
+
+
+def mix(x: Tensor, where: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, mask_embedding: Tensor) -> Tensor:
+    """Eq. 2: x (B, T, D) with (1 - alpha) E[MASK] + alpha Delta at the N cells where = (row, column). alpha (N,), Delta (N, D)."""
+    soft = torch.lerp(mask_embedding.expand_as(delta), delta, alpha[:, None].to(delta.dtype))  # (N, D)
+    return x.index_put(where, soft.to(x.dtype))
+
+
+def residual_of(model: Transformer, x: Tensor, tokens: Tensor, where: tuple[Tensor, Tensor], residual: Residual,
+                embedding: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """alpha (N,) and Delta (N, D) at the cells where, from one no-gradient forward of model on the input x (B, T, D).
+
+    The head and the softmax take a chunk of rows at a time: the model's probabilities never exist for all rows at once.
+    """
+    with torch.no_grad():
+        rows = model.rows(denoiser_hidden(model, x, tokens, segments), where)  # (N, D')
+        parts = [residual(model.logits(rows[r]), embedding) for r in row_chunks(len(rows), model.config.vocab_size)]
+        return torch.cat([a for a, _ in parts]), torch.cat([d for _, d in parts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 5. The loss: one function for pre-training, fine-tuning, the reference and the target
+
+
+class Noised(NamedTuple):
+    """One batch under the forward process; what a context function (where the residual comes from) may look at."""
+
+    tokens: Tensor  # (B, T) clean ids
+    response: Tensor  # (B, T) bool, maskable
+    t: Tensor  # (B, 1) noise level
+    noise: Tensor  # (B, T) uniform draws behind the mask
+    x: Tensor  # (B, T) ids with masks
+    where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
+    segments: Tensor | None  # (B, T) document numbers of packed rows
+    generator: torch.Generator | None  # for whatever else a context draws
+
+
+Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
+
+
+def reference_context(reference: Transformer, residual: Residual) -> Context:
+    """Algorithm 1: the frozen reference looks at the *same* x_t; alpha from its entropy, Delta with the *target's* embeddings."""
+
+    def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        return residual_of(reference, reference.embed(n.x), n.tokens, n.where, residual, model.embedding, n.segments)
+
+    return context
+
+
+def trajectory_context(residual: Residual, passes: int = 3, absent: float = 0.25) -> Context:
+    """Not the paper's: the residual comes from the target itself, carried through earlier, more masked states, as it is in sampling.
+
+    Draw k in 1..passes and noise levels s_1 > ... > s_k > t along the *same* noise, so that each state masks a subset of the one before.
+    Without gradient, read s_1 cold, s_2 with the residual of s_1, and so on; the residual of s_k meets x_t. With probability `absent` a
+    batch gets none: the cold start. No reference is needed; a batch costs k forwards where Algorithm 1 costs one.
+    """
+
+    def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        B, T = n.tokens.shape
+        draws = torch.rand(2 + B * passes, generator=n.generator, device=n.tokens.device)
+        alpha, delta = torch.zeros(B, T, device=draws.device), model.embedding.new_zeros(B, T, model.config.d_model)
+        k = 0 if draws[0] < absent else 1 + int(draws[1] * passes)
+        levels = draws[2 : 2 + B * k].view(B, k).sort(dim=1, descending=True).values  # (B, k) in (0, 1)
+        for i in range(k):
+            s = n.t + (1 - n.t) * levels[:, i : i + 1]  # (B, 1), t < s < 1
+            x, masked = mask_tokens(n.tokens, n.response, s, n.noise, model.config.mask_id)
+            where = masked.nonzero(as_tuple=True)
+            with torch.no_grad():
+                e = mix(model.embed(x), where, alpha[where], delta[where], model.embedding[model.config.mask_id])
+            alpha[where], delta[where] = residual_of(model, e, n.tokens, where, residual, model.embedding, n.segments)
+        return alpha[n.where], delta[n.where]
+
+    return context
+
+
+def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, *, context: Context | None = None,
+                   t: Tensor | None = None, generator: torch.Generator | None = None, segments: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The masked-diffusion bound in nats per response token (LLaDA; MDLM): E_t (1/t) sum over masked of -log p(x_0 | x_t).
+
+    tokens (B, T) clean ids; response (B, T) bool, None = every token. context None is plain masked training (base, reference, SeqD);
+    reference_context(...) is stage 2 of RCD. The sum is divided by the number of *maskable* tokens, never by the number of masks, which
+    would undo the 1/t and is no bound. The head runs on masked rows only, in chunks that backward recomputes.
+    Raises ValueError if nothing is maskable.
+    """
+    if response is None:
+        response = torch.ones_like(tokens, dtype=torch.bool)
+    if not bool(response.any()):
+        raise ValueError("nothing to learn: no token of this batch belongs to a response")
+    t = sample_t(len(tokens), generator, tokens.device) if t is None else t
+    noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)
+    where = masked.nonzero(as_tuple=True)  # the N masked cells
+    n = Noised(tokens, response, t, noise, x, where, segments, generator)
+
+    e = model.embed(x)  # (B, T, D)
+    if context is not None:
+        alpha, delta = context(model, n)
+        e = mix(e, where, alpha, delta, model.embedding[model.config.mask_id])
+    rows = model.rows(denoiser_hidden(model, e, tokens, segments), where)  # (N, D)
+    nll = row_losses(model, rows, tokens[where])  # (N,)
+    weight = 1 / t.expand_as(noise)[where]  # (N,)
+    return (weight * nll).sum() / response.sum()
+
+
+def row_losses(model: Transformer, rows: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of every row: rows (N, D), targets (N,) -> (N,) float32. More than one chunk is recomputed in backward."""
+
+    def chunk_losses(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.logits(rows).float(), targets, reduction="none")
+
+    chunks = list(row_chunks(len(rows), model.config.vocab_size))
+    if len(chunks) <= 1:
+        return chunk_losses(rows, targets)
+    return torch.cat([checkpoint(chunk_losses, rows[c], targets[c], use_reentrant=False) for c in chunks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 6. The sampler
+
+RULES = ("static", "threshold", "random", "left-to-right", "entropy")
+
+
+@dataclass
+class Sampler:
+    """How a canvas is denoised. The commit rule says which masked positions to fix now, the carry what one step hands to the next."""
+
+    rule: str = "static"  # static (top confidences on a step budget) | threshold | random | left-to-right | entropy (entropy-bounded)
+    steps: int = 0  # budget of forward passes for a whole response, shared out over its blocks by their masks; 0 = one token a step
+    threshold: float = 0.85  # rule=threshold commits every confidence above it, and always the best one
+    entropy_bound: float = 0.1  # rule=entropy commits the k surest with H_1 + ... + H_(k-1) <= this many nats (EB-sampler, 2505.24857)
+    block_size: int = 0  # decode block by block; 0 = the model's own block, the whole canvas for a bidirectional model
+    carry: str = "residual"  # residual (RCD) | none (SeqD: sequential denoising, discarded predictions are thrown away)
+    start: str = "cold"  # a block's first residual: cold (none) | warm (the reference) | self (one more forward) | dirichlet (random p)
+    temperature: float = 0.0  # of the draw; 0 = argmax. Confidence always comes from the untempered, unfiltered distribution
+    top_k: int = 0  # draw among the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (looked for among the 1,024 likeliest)
+    guidance: float = 0.0  # classifier-free guidance w (LLaDA): logits = u + (w + 1)(c - u), u with the prompt masked; doubles the NFE
+
+    def __post_init__(self):
+        for name, value, choices in (("rule", self.rule, RULES), ("start", self.start, STARTS), ("carry", self.carry, ("residual", "none"))):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
+        for name in ("steps", "block_size", "top_k", "temperature", "guidance", "entropy_bound"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
+
+
+class Step(NamedTuple):
+    """The record of one forward pass; all tensors are (B, T) but nfe (B,)."""
+
+    block: int  # which block of every row is being denoised
+    tokens: Tensor  # the canvas after this step
+    committed: Tensor  # bool: fixed by this step
+    confidence: Tensor  # untempered probability of the drawn token where this step looked, else 0
+    alpha: Tensor  # weight of the residual that a still masked position hands to the next step, else 0
+    nfe: Tensor  # forward passes so far, of every row: a warm or self start costs one, guidance doubles
+
+
+class View:
+    """One model's reading of the canvas: what it has cached, and the forward over what it has not. Guidance hides the prompt from it."""
+
+    def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, hidden: Tensor | None = None):
+        self.model, self.canvas, self.lengths, self.block, self.hidden = model, canvas, lengths, block, hidden
+        self.cache = KVCache(model.config, *canvas.shape, canvas.device, model.head.dtype) if model.config.block_size else None
+        self.cached = torch.zeros_like(lengths)  # (B,) tokens of a row whose keys are final
+
+    def logits(self, start: Tensor, stop: Tensor, cells: Tensor, alpha: Tensor, delta: Tensor) -> Tensor:
+        """Logits (N, V) at the masked cells (N, 2) = (row, column) of the blocks [start, stop), each (B,), given their residual."""
+        model, row = self.model, cells[:, 0]
+        rows, index = row.unique(return_inverse=True)  # only rows with something to predict take part: (n,), (N,)
+        end = stop[rows] if self.cache is not None else torch.full_like(rows, self.canvas.shape[1])
+        # The window: everything whose keys are not final. One width for all rows, aligned on the right at the end of the active block
+        # (on the first forward of a block that covers the block before it, or the prompt, which thus needs no forward of its own).
+        oldest = torch.minimum(start[rows] - int(model.config.logit_shift), self.cached[rows]) if self.cache is not None else 0
+        width = int((end - oldest).max())
+        positions = end[:, None] - width + torch.arange(width, device=end.device)  # (n, W), negative = padding
+        at = positions.clamp(min=0)
+        tokens = self.canvas[rows[:, None], at]  # (n, W)
+        if self.hidden is not None:
+            tokens = tokens.masked_fill(self.hidden[rows[:, None], at], model.config.mask_id)
+        where = index, cells[:, 1] - (end[index] - width)  # cells in window coordinates
+        x = mix(model.embed(tokens), where, alpha, delta, model.embedding[model.config.mask_id])
+        if self.cache is None:  # bidirectional: every key of the row's own length, none of its padding
+            valid = positions < self.lengths[rows, None]  # (n, T)
+            mask = None if bool(valid.all()) else valid[:, None, None]  # (n, 1, 1, T)
+        else:
+            self.cache.point_at(rows, torch.where(positions < 0, -1, positions), int(end.max()))
+            keys = torch.arange(self.cache.stop, device=end.device)[None]  # (1, S)
+            mask = (block_causal_mask(at, keys, self.block) & (keys < end[:, None])[:, None])[:, None]  # (n, 1, W, S)
+            mask = None if bool(mask.all()) else mask
+            self.cached[rows] = start[rows]
+        return model.logits(model.rows(model(x, at, mask, self.cache), where))
+
+
+def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, confidence and entropy (nats) of every row: logits (N, V) -> three (N,). Only the draw is tempered and filtered."""
+    N, V = logits.shape
+    token = torch.empty(N, device=logits.device, dtype=torch.long)
+    confidence, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
+    for rows in row_chunks(N, V):
+        z = logits[rows].float()  # (n, V)
+        p = z.softmax(-1)
+        if s.temperature == 0:
+            chosen = p.argmax(-1)  # (n,)
+        else:
+            k = min(s.top_k or V, V, 1024 if s.top_p < 1 else V)
+            values, ids = (z / s.temperature).topk(k) if k < V or s.top_p < 1 else (z / s.temperature, None)  # (n, k)
+            if s.top_p < 1:
+                q = values.softmax(-1)
+                values = values.masked_fill(q.cumsum(-1) - q >= s.top_p, -math.inf)  # the likeliest always stays
+            race = torch.empty_like(values).exponential_(generator=generator)  # argmax q / Exp(1) is a draw from q
+            chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
+            chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+        token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
+        entropy[rows] = torch.special.entr(p).sum(-1) if s.rule == "entropy" else 0
+    return token, confidence, entropy
+
+
+def choose(s: Sampler, cells: Tensor, confidence: Tensor, entropy: Tensor, quota: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The commit rule: which of the N masked cells to fix now -> (N,) bool. Every rule is "the k_row best by a score, k_row >= quota".
+
+    cells (N, 2) = (row, column); quota (B,) >= 1: the fewest that keep the row's step budget.
+    """
+    row, column = cells[:, 0].contiguous(), cells[:, 1]
+    score = {"static": confidence, "threshold": confidence, "entropy": -entropy, "left-to-right": -column.float(),
+             "random": torch.rand(len(cells), generator=generator, device=cells.device) if s.rule == "random" else confidence}[s.rule]  # fmt: skip
+    order = score.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]  # row by row, best first
+    first = torch.searchsorted(row[order], row)  # where the row of each cell begins in that order
+    rank = torch.empty_like(row)
+    rank[order] = torch.arange(len(row), device=row.device)
+    rank = rank - first  # 0 = the best cell of its row
+    accept = rank < quota[row]
+    if s.rule == "threshold":
+        accept |= confidence > s.threshold
+    elif s.rule == "entropy":  # entropies ascend along the order, so sum minus maximum is the sum of those before
+        before = torch.zeros_like(entropy)
+        total = entropy[order].double().cumsum(0) - entropy[order]
+        before[order] = (total - total[first[order]]).float()
+        accept |= before <= s.entropy_bound
+    return accept
+
+
+def step_budget(masks: list[int], steps: int) -> list[int]:
+    """Share `steps` forwards over blocks with so many masks each: in proportion, at least one each, never more than masks; 0 = one a token.
+
+    Raises ValueError if there are fewer steps than blocks with masks.
+    """
+    open_blocks = sum(m > 0 for m in masks)
+    if steps and steps < open_blocks:
+        raise ValueError(f"steps={steps} is fewer than the {open_blocks} blocks to fill, and each needs a forward: more steps or larger blocks")
+    out, left, steps_left = [], sum(masks), min(steps or sum(masks), sum(masks))
+    for m in masks:
+        open_blocks -= m > 0
+        share = min(max(1, round(steps_left * m / left)), m, steps_left - open_blocks) if m else 0
+        out.append(share)
+        left, steps_left = left - m, steps_left - share
+    return out
+
+
+@torch.no_grad()
+def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), residual: Residual = Residual(), *,
+            lengths: Tensor | None = None, reference: Transformer | None = None, generator: torch.Generator | None = None) -> Iterator[Step]:  # fmt: skip
+    """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each forward pass. The only sampling loop of the project.
+
+    lengths (B,): tokens of each row, what follows is padding; None = T. Given tokens may stand anywhere and never change. Rows are
+    independent: at temperature 0 a row gets the same tokens in any batch. A row that drew an end token is done at the end of that block,
+    the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
+    """
+    c, s, device = model.config, sampler, canvas.device
+    B, T = canvas.shape
+    tokens = canvas.clone()
+    lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
+    inside = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
+    fill = inside & (canvas == c.mask_id)  # (B, T): what is to be filled
+    tokens = torch.where(inside, tokens, c.pad_id)
+    if s.carry == "residual" and s.start == "warm" and reference is None:
+        raise ValueError("start=warm needs the reference model: give it, or choose start=cold")
+    for m in (model, reference):
+        if m is not None and T > m.config.max_len:
+            raise ValueError(f"a canvas of {T} tokens is longer than the model's max_len={m.config.max_len}")
+
+    # Where each row's blocks lie. Block-causal models count blocks from position 0, given tokens included; others from the first mask.
+    b = s.block_size or c.block_size or T
+    column = torch.arange(T, device=device)
+    first = torch.where(fill, column, T).amin(dim=1)  # (B,) first mask, T = nothing to fill
+    first = first // b * b if c.block_size or b == T else first
+    block_of = ((column - first[:, None]) // b).masked_fill(~fill, -1)  # (B, T)
+    n_blocks = int(block_of.max()) + 1
+    counts = torch.stack([(block_of == j).sum(1) for j in range(n_blocks)], 1).tolist() if n_blocks else [[]] * B  # masks of each block
+    budget = torch.tensor([step_budget(masks, s.steps) for masks in counts], device=device).view(B, n_blocks)
+    if c.logit_shift and bool(fill[:, 0].any()):
+        raise ValueError("this model predicts a token from the position before it: the first token of a canvas must be given")
+
+    main = View(model, tokens, lengths, b)
+    hidden = View(model, tokens, lengths, b, hidden=inside & ~fill) if s.guidance else None
+    warm = View(reference, tokens, lengths, b) if s.carry == "residual" and s.start == "warm" else None
+    nfe = torch.zeros(B, dtype=torch.long, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    D, E = c.d_model, model.embedding
+
+    def predict(start: Tensor, stop: Tensor, cells: Tensor, alpha: Tensor, delta: Tensor) -> Tensor:
+        nfe[cells[:, 0].unique()] += 2 if hidden is not None else 1
+        z = main.logits(start, stop, cells, alpha, delta)
+        if hidden is not None:
+            u = hidden.logits(start, stop, cells, alpha, delta)
+            z = (u + (s.guidance + 1) * (z - u)).masked_fill(z == -math.inf, -math.inf)
+        return z
+
+    for j in range(n_blocks):
+        start, stop = first + j * b, torch.minimum(first + (j + 1) * b, lengths)  # (B,)
+        cells = (block_of == j).logical_and(~ended[:, None]).nonzero()  # (N, 2): every masked cell of the active blocks
+        steps_left = budget[:, j].clone()  # (B,)
+        alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)  # cold: alpha = 0 is an ordinary pass
+        if s.carry == "residual" and s.start == "warm" and len(cells):
+            nfe[cells[:, 0].unique()] += 1
+            none = reference.embedding.new_zeros(len(cells), reference.config.d_model)
+            alpha, delta = residual(warm.logits(start, stop, cells, alpha, none), E)
+        elif s.carry == "residual" and s.start == "self" and len(cells):
+            alpha, delta = residual(predict(start, stop, cells, alpha, delta), E)
+        elif s.carry == "residual" and s.start == "dirichlet":
+            race = torch.empty(len(cells), c.vocab_size, device=device).exponential_(generator=generator)  # normalised: Dirichlet(1, ..., 1)
+            race[:, c.mask_id], race[:, c.real_vocab or c.vocab_size :] = 0, 0
+            alpha, delta = residual(race.log(), E)
+
+        while len(cells):
+            logits = predict(start, stop, cells, alpha, delta)  # (N, V)
+            token, confidence, entropy = draw(logits, s, generator)
+            masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
+            quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
+            commit = choose(s, cells, confidence, entropy, quota, generator)
+            steps_left -= 1
+
+            row, col = cells[:, 0], cells[:, 1]
+            tokens[row[commit], col[commit]] = token[commit]
+            committed = torch.zeros_like(fill).index_put_((row, col), commit)
+            shown = torch.zeros(B, T, device=device).index_put_((row, col), confidence)
+            cells = cells[~commit]
+            alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)
+            if s.carry == "residual" and len(cells):
+                alpha, delta = residual(logits[~commit], E)  # only what is still masked will read it
+            carried = torch.zeros(B, T, device=device).index_put_((cells[:, 0], cells[:, 1]), alpha)
+            if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end are done
+                drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids, device=device))
+                ended |= drawn.any(dim=1)
+                tokens[ended[:, None] & fill & (block_of > j)] = c.pad_id
+            yield Step(j, tokens.clone(), committed, shown, carried, nfe.clone())
+
+
+def generate(model: Transformer, prompts: list[list[int]], max_new: int, sampler: Sampler = Sampler(), residual: Residual = Residual(), *,
+             reference: Transformer | None = None, generator: torch.Generator | None = None) -> tuple[list[list[int]], list[int]]:  # fmt: skip
+    """Continue each prompt (ids, any lengths) by max_new tokens: (responses cut before their first end token, NFE of each row).
+
+    A block-causal model fills whole blocks, so its canvas is rounded up to one. Raises ValueError for a prompt that holds [MASK].
+    """
+    canvas, lengths = canvas_for(model.config, prompts, max_new, sampler.block_size)
+    device = model.embedding.device
+    nfe = torch.zeros(len(prompts), dtype=torch.long)
+    final = canvas
+    for step in denoise(model, canvas.to(device), sampler, residual, lengths=lengths, reference=reference, generator=generator):
+        final, nfe = step.tokens, step.nfe
+    responses = []
+    for row, prompt, length in zip(final.tolist(), prompts, lengths.tolist()):
+        response = row[len(prompt) : length]
+        ends = [i for i, token in enumerate(response) if token in model.config.eos_ids]
+        responses.append(response[: ends[0]] if ends else response)
+    return responses, nfe.tolist()
+
+
+def canvas_for(c: Config, prompts: list[list[int]], max_new: int, block_size: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-padded canvas (B, T) of prompt + max_new masks, and lengths (B,), rounded up to whole blocks for a block-causal model."""
+    if max_new < 1:
+        raise ValueError(f"max_new={max_new} must be at least 1")
+    if any(c.mask_id in prompt for prompt in prompts):
+        raise ValueError("a prompt holds the mask token; to fill masks inside a text call denoise() on the canvas")
+    block = (block_size or c.block_size) if c.block_size else 1
+    lengths = torch.tensor([-(-(len(prompt) + max_new) // block) * block for prompt in prompts])
+    canvas = torch.full((len(prompts), int(lengths.max())), c.mask_id)
+    for i, prompt in enumerate(prompts):
+        canvas[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+    return canvas, lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# 7. Files: safetensors and JSON, never half-written, nothing unpickled
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """write(temporary path beside it), fsync, rename: whoever reads path finds the old file or the new one, never a part of one."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save(model: Transformer, folder: Path) -> None:
+    """folder/model.safetensors and folder/config.json, which load() reads."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps({"model_type": "rcd", **asdict(model.config)}, indent=1)
+    write_atomic(folder / "config.json", lambda path: path.write_text(text + "\n"))
+
+
+def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a run folder. Raises FileNotFoundError or ValueError in one line that names what is missing or does not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors", device=str(device))
+    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder} holds a damaged file: {error}") from None
+    if values.pop("model_type", "") != "rcd":
+        raise ValueError(f"{folder}/config.json is not of this project's own format; load pretrained folders with zoo.load()")
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(values))
+    assign_tensors(model, tensors, dtype, str(folder))
+    return model
+
+
+def assign_tensors(model: Transformer, tensors: dict[str, Tensor], dtype: torch.dtype | None, source: str) -> None:
+    """Put tensors into a meta-device model; every missing, unexpected or misshapen one is listed by name, and nothing is half-loaded."""
+    expected = {name: p.shape for name, p in model.state_dict().items()}
+    wrong = [f"missing {name}" for name in expected if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in expected]
+    wrong += [f"{n} is {tuple(t.shape)}, expected {tuple(expected[n])}" for n, t in tensors.items() if n in expected and t.shape != expected[n]]
+    if wrong:
+        raise ValueError(f"{source}: the tensors do not fit the config: {'; '.join(wrong)}")
+    model.load_state_dict({n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}, assign=True)

@@ -1,0 +1,626 @@
+"""Data sets against brute force: every oracle here is written without looking at the generators."""
+import functools
+import http.server
+import importlib
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import common
+from data.gsm8k import prepare as gsm8k
+from data.latin import prepare as latin
+from data.shakespeare_char import prepare as shakespeare
+from data.sudoku import prepare as sudoku
+from data.sums import prepare as sums
+from zoo import tokenizer as tokenizers
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"
+SMALL = ["--train", "400", "--val", "40", "--test", "60"]
+GENERATED = {"sums": [], "latin": [], "sudoku": [], "sudoku9": ["--size", "9", "--train", "40", "--val", "5", "--test", "5"]}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """made("latin", *options) -> Dataset; each is prepared once."""
+    @functools.cache
+    def make(name, *argv):
+        folder = tmp_path_factory.mktemp(name)
+        task = name.rstrip("9")
+        importlib.import_module(f"data.{task}.prepare").main([*SMALL, *GENERATED[name], *argv, "--out", str(folder)])
+        return data.load(folder)
+    return make
+
+
+def canvases(dataset, split):
+    """(solution, given) as strings, decoded by indexing into the characters rather than by the tokenizer."""
+    names = {i: name for name, i in dataset.tokenizer.specials.items()}
+    spell = [names.get(i) or dataset.tokenizer.chars[i] for i in range(dataset.meta["vocab_size"])]
+    for ids, response in zip(dataset.tokens(split), dataset.response(split)):
+        yield "".join(spell[i] for i in ids), "".join("_" if r else spell[i] for i, r in zip(ids, response))
+
+
+# ---- sums
+
+@pytest.mark.parametrize("argv", [(), ("--terms", "6", "--digits", "1"), ("--terms", "3", "--digits", "4")])
+def test_sums_are_running_sums(made, argv):
+    dataset = made("sums", *argv)
+    assert {split: len(dataset.tokens(split)) for split in data.SPLITS} == {"train": 400, "val": 40, "test": 60}
+    for split in data.SPLITS:
+        for solution, shown in canvases(dataset, split):
+            prompt, answer = solution.replace("<eos>", "").split("=")
+            terms = [int(term) for term in prompt.split("+")]
+            assert len(terms) == dataset.meta["terms"] and {len(term) for term in prompt.split("+")} == {dataset.meta["digits"]}
+            assert answer == ",".join(str(sum(terms[:k])) for k in range(2, len(terms) + 1)) + "."
+            assert shown == prompt + "=" + "_" * (dataset.meta["length"] - len(prompt) - 1)
+            assert re.fullmatch(r"[^<]*(<eos>)*", solution)
+
+
+def test_sums_check(made):
+    ok = "11+22+33=33,66.<eos><eos>"
+    assert sums.check(ok, ok, "11+22+33=________")
+    assert sums.check("11+22+33=33,66.<eos>7", ok, "")
+    for wrong in ("11+22+33=33,67.<eos><eos>", "11+22+33=34,66.<eos><eos>", "11+22+33=33,66_<eos><eos>", "11+22+33=33,66.6<eos>"):
+        assert not sums.check(wrong, ok, "")
+
+
+def test_splits_of_sums_share_no_terms_in_any_order(made):
+    problems = {split: {tuple(sorted(solution.split("=")[0].split("+"))) for solution, _ in canvases(made("sums", "--terms", "2"), split)}
+                for split in data.SPLITS}
+    assert all(not problems[a] & problems[b] for a, b in itertools.combinations(data.SPLITS, 2))
+
+
+# ---- grids
+
+def lines(n, boxes=None):
+    """Index sets that must hold every digit once."""
+    found = [[r * n + c for c in range(n)] for r in range(n)] + [[r * n + c for r in range(n)] for c in range(n)]
+    if boxes:
+        h, w = boxes
+        found += [[(top + i) * n + left + j for i in range(h) for j in range(w)] for top in range(0, n, h) for left in range(0, n, w)]
+    return found
+
+
+def completions(grid, n, groups):
+    """All ways to fill the "_" of a grid, by plain backtracking on the tightest cell."""
+    grid = list(grid)
+    peers = [{i for group in groups if cell in group for i in group} - {cell} for cell in range(n * n)]
+    free = {cell: set("123456789"[:n]) - {grid[i] for i in peers[cell]} for cell in range(n * n) if grid[cell] == "_"}
+    if not free:
+        yield "".join(grid)
+        return
+    cell = min(free, key=lambda i: len(free[i]))
+    for digit in sorted(free[cell]):
+        yield from completions([*grid[:cell], digit, *grid[cell + 1:]], n, groups)
+
+
+def same_up_to_names(grid):
+    """The position sets of the digits: equal for two grids exactly when one is the other with digits renamed."""
+    places = {}
+    for i, digit in enumerate(grid):
+        places.setdefault(digit, []).append(i)
+    return frozenset(map(tuple, places.values()))
+
+
+@pytest.mark.parametrize("name,argv,n,boxes,shown", [
+    ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3), ("latin", ("--size", "9",), 9, None, 22),
+    ("sudoku", (), 6, (2, 3), 12), ("sudoku", ("--given", "10"), 6, (2, 3), 10), ("sudoku9", (), 9, (3, 3), 32)])
+def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
+    dataset, classes = made(name, *argv), {}
+    assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1 and dataset.mask_id == n and dataset.eos_id is None
+    for split in data.SPLITS:
+        classes[split] = set()
+        for solution, puzzle in canvases(dataset, split):
+            assert all(sorted(solution[i] for i in line) == list("123456789"[:n]) for line in lines(n, boxes))
+            assert puzzle.count("_") == n * n - shown
+            classes[split].add(same_up_to_names(solution))
+    assert all(not classes[a] & classes[b] for a, b in itertools.combinations(data.SPLITS, 2))
+
+
+@pytest.mark.parametrize("name,n,boxes", [("sudoku", 6, (2, 3)), ("sudoku9", 9, (3, 3))])
+def test_sudoku_has_one_solution(made, name, n, boxes):
+    for solution, puzzle in canvases(made(name), "test"):
+        assert list(itertools.islice(completions(puzzle, n, lines(n, boxes)), 2)) == [solution]
+
+
+def test_sudoku_solver_agrees_with_backtracking():
+    rng, rules, puzzles = random.Random(0), sudoku.Rules(6), []
+    for solution in sudoku.Rules(6).solutions(np.random.default_rng(0), 200):
+        grid = [str(int(bits).bit_length()) if rng.random() < 0.3 else "_" for bits in solution]
+        grid[rng.randrange(36)] = rng.choice("123456")  # some of them have no solution any more
+        puzzles.append(grid)
+    expected = [next(completions(p, 6, lines(6, (2, 3))), None) is not None and all(
+        p[i] == "_" or p[i] != p[j] for line in lines(6, (2, 3)) for i, j in itertools.combinations(line, 2)) for p in puzzles]
+    boards = np.array([[63 if c == "_" else 1 << int(c) - 1 for c in p] for p in puzzles], np.uint16)
+    assert rules.solvable(boards).tolist() == expected and 20 < sum(expected) < 180
+
+
+def test_latin_check_takes_any_completion(made):
+    several = 0
+    for solution, puzzle in itertools.islice(canvases(made("latin"), "test"), 20):
+        others = list(itertools.islice(completions(puzzle, 6, lines(6)), 50))
+        several += len(others) > 1
+        assert all(latin.check(other, solution, puzzle) for other in [solution, *others])
+        shifted = solution.translate(str.maketrans("123456", "234561"))  # a Latin square, but the given cells differ
+        assert not latin.check(shifted, solution, puzzle)
+        cell = puzzle.index("_")
+        assert not latin.check(puzzle, solution, puzzle) and not latin.check(solution[:-1], solution, puzzle)
+        for digit in set("123456_") - {solution[cell]}:
+            assert not latin.check(solution[:cell] + digit + solution[cell + 1:], solution, puzzle)
+    assert several > 15
+    rows_only = "123456" * 6
+    columns_only = "".join(digit * 6 for digit in "123456")
+    assert not latin.check(rows_only, rows_only, "_" * 36) and not latin.check(columns_only, columns_only, "_" * 36)
+
+
+def test_latin_squares_are_uniform():
+    """Order 5: each of the 56 squares with first row and column in order stands for equally many squares (Pearson's chi-square, 55 degrees)."""
+    start = "12345" + "".join(digit + "____" for digit in "2345")
+    reduced = Counter({grid: 0 for grid in completions(start, 5, lines(5))})
+    assert len(reduced) == 56
+    for squares in itertools.islice(latin.latin_squares(5, np.random.default_rng(1)), 10):
+        for square in squares.tolist():
+            columns = sorted(zip(*square))
+            rows = sorted(zip(*columns))
+            reduced["".join(str(s + 1) for row in rows for s in row)] += 1
+    expected = reduced.total() / 56
+    assert len(reduced) == 56 and expected > 50
+    assert sum((count - expected) ** 2 / expected for count in reduced.values()) < 100
+
+
+def test_grid_layout(made):
+    assert latin.layout("12_456789") == "1 2 _\n4 5 6\n7 8 9"
+    dataset = made("latin")
+    ids, response = dataset.tokens("test")[0], dataset.response("test")[0]
+    shown = dataset.show(np.where(response, dataset.mask_id, ids), mask=".")
+    assert len(shown.split("\n")) == 6 and shown.replace("\n", " ").split(" ").count(".") == 26
+
+
+@pytest.mark.parametrize("task,n,boxes", [(latin, 6, None), (sudoku, 6, (2, 3))])
+def test_docstring_example(task, n, boxes):
+    rows = [row.split() for row in re.findall(r"^    ((?:[\d_] ){6}    .*)$", task.__doc__, re.MULTILINE)]
+    puzzle, solution = ("".join("".join(row[k:k + 6]) for row in rows) for k in (0, 6))
+    found = list(itertools.islice(completions(puzzle, n, lines(n, boxes)), 1000))
+    assert solution in found and task.check(solution, solution, puzzle) and (task is latin or len(found) == 1)
+
+
+# ---- all generated sets
+
+@pytest.mark.parametrize("name", ["sums", "latin", "sudoku"])
+def test_same_seed_same_files(made, name, tmp_path):
+    first, again, other = made(name), made(name, "--seed", "1337"), made(name, "--seed", "7")
+    files = [path.name for path in first.folder.iterdir() if path.suffix == ".npy"]
+    assert len(files) == 6
+    assert all((first.folder / f).read_bytes() == (again.folder / f).read_bytes() for f in files)
+    assert all((first.folder / f).read_bytes() != (other.folder / f).read_bytes() for f in files if "response" not in f)
+    trained = {row.tobytes() for row in first.tokens("train")}  # whichever seed: the test set of one is no training example of another
+    assert not trained & {row.tobytes() for row in other.tokens("test")}
+    assert len({a.tobytes() + b.tobytes() for a, b in zip(first.tokens("train"), first.response("train"))}) == 400
+
+
+@pytest.mark.parametrize("name", ["sums", "latin", "sudoku"])
+def test_dataset_interface(made, name):
+    dataset = made(name)
+    assert dataset.name == name and dataset.meta["kind"] == "examples"
+    assert dataset.meta["command"].startswith(f"python data/{name}/prepare.py --train 400 ")
+    for split in data.SPLITS:
+        tokens, response = dataset.tokens(split), dataset.response(split)
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.shape == response.shape and response.dtype == bool
+        assert tokens.max() < dataset.mask_id
+        for ids, where, (solution, puzzle) in zip(tokens[:20], response, canvases(dataset, split)):
+            assert dataset.text(ids) == solution and dataset.text(np.where(where, dataset.mask_id, ids)) == puzzle
+            assert dataset.correct(ids, ids, where)
+            wrong = ids.copy()
+            wrong[where.argmax()] = (wrong[where.argmax()] + 1) % 6
+            assert not dataset.correct(wrong, ids, where) and not dataset.correct(np.where(where, dataset.mask_id, ids), ids, where)
+            assert dataset.tokenizer.encode(dataset.text(ids), allow_special=True) == ids.tolist()
+
+
+@pytest.mark.parametrize("name,argv,words", [
+    ("sums", ["--terms", "1"], "--terms"), ("sums", ["--terms", "2", "--digits", "1", "--train", "5000"], "--train"),
+    ("sums", ["--test", "0"], "at least 1"), ("latin", ["--size", "10"], "--size"), ("latin", ["--given", "36"], "--given"),
+    ("latin", ["--size", "3"], "distinct"), ("sudoku", ["--given", "5"], "--given"), ("sums", ["--seed", "-1"], "non-negative")])
+def test_impossible_requests_are_one_line_and_write_nothing(name, argv, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        importlib.import_module(f"data.{name}.prepare").main([*SMALL, *argv, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", [sums, latin, sudoku, shakespeare, gsm8k])
+def test_help_teaches(task, capsys):
+    with pytest.raises(SystemExit) as stop:
+        task.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and task.__doc__.strip() in text and "--out" in text and "default" in text
+
+
+# ---- loading
+
+def copy(dataset, folder):
+    folder.mkdir()
+    for path in dataset.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_load_unknown_name_lists_the_names():
+    assert data.names() == ["gsm8k", "latin", "shakespeare_char", "sudoku", "sums"]
+    with pytest.raises(ValueError, match="gsm8k, latin, shakespeare_char, sudoku, sums"):
+        data.load("sudoko")
+
+
+@pytest.fixture
+def empty_home(monkeypatch, tmp_path):
+    """data/ as after a clone: nothing prepared."""
+    for name in data.names():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepare.py").touch()
+    monkeypatch.setattr(data, "HERE", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char", "gsm8k"])
+def test_load_of_a_download_says_what_to_type(empty_home, name):
+    with pytest.raises(FileNotFoundError, match=f"python data/{name}/prepare.py"):
+        data.load(name)
+
+
+def test_load_prepares_a_generated_set(empty_home, monkeypatch, capsys):
+    main, calls = sums.main, []
+    monkeypatch.setattr(sums, "main", lambda argv: calls.append(argv) or main([*SMALL, "--out", str(empty_home / "sums")]))
+    assert len(data.load("sums").tokens("train")) == 400
+    printed = capsys.readouterr()
+    assert "not prepared" in printed.err and "examples" in printed.err and printed.out == ""
+    data.load("sums")
+    assert calls == [[]]
+
+
+def truncate(folder):
+    (folder / "val.npy").write_bytes((folder / "val.npy").read_bytes()[:-10])
+
+
+def no_array(folder):
+    (folder / "val.npy").write_bytes(b"")
+
+
+def pickled(folder):
+    np.save(folder / "val.npy", np.array([{"a": 1}]), allow_pickle=True)
+
+
+def too_large_id(folder):
+    tokens = np.load(folder / "test.npy")
+    tokens[3, 4] = 16
+    np.save(folder / "test.npy", tokens)
+
+
+def floats(folder):
+    np.save(folder / "test.npy", np.load(folder / "test.npy").astype(np.float32))
+
+
+def fewer_rows(folder):
+    np.save(folder / "train.npy", np.load(folder / "train.npy")[:-1])
+
+
+def other_response(folder):
+    np.save(folder / "train_response.npy", np.load(folder / "train_response.npy")[:, 1:])
+
+
+def numbers_for_response(folder):
+    np.save(folder / "train_response.npy", np.load(folder / "train_response.npy").astype(np.uint8))
+
+
+def other_tokenizer(folder):
+    tokenizers.CharTokenizer("1023456789+=,.", ["<eos>", "<mask>"]).save(folder)
+
+
+def missing_file(folder):
+    (folder / "test_response.npy").unlink()
+
+
+def cut_meta(folder):
+    (folder / "meta.json").write_text((folder / "meta.json").read_text()[:100])
+
+
+def edited_meta(**changes):
+    def edit(folder):
+        meta = json.loads((folder / "meta.json").read_text()) | changes
+        (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value != "gone"}))
+    return edit
+
+
+@pytest.mark.parametrize("damage", [truncate, no_array, pickled, too_large_id, floats, fewer_rows, other_response, numbers_for_response,
+                                    other_tokenizer, missing_file, cut_meta, edited_meta(name="nope"), edited_meta(format=2),
+                                    edited_meta(splits="gone"), edited_meta(splits=None), edited_meta(length=23)])
+def test_damage_is_found_and_told_in_one_line(made, damage, tmp_path):
+    folder = copy(made("sums"), tmp_path / "copy")
+    data.load(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match="prepare it again") as error:
+        data.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_interrupted_preparation_leaves_nothing_loadable(made, step, tmp_path, monkeypatch):
+    folder, count = copy(made("sums"), tmp_path / "copy"), itertools.count()
+
+    def stops(function):
+        def call(*args):
+            if next(count) == step:
+                raise KeyboardInterrupt
+            return function(*args)
+        return call
+
+    monkeypatch.setattr(common, "write_atomic", stops(common.write_atomic))  # six arrays and, last, meta.json
+    monkeypatch.setattr(tokenizers.CharTokenizer, "save", stops(tokenizers.CharTokenizer.save))
+    with pytest.raises(KeyboardInterrupt):
+        sums.main([*SMALL, "--seed", "3", "--out", str(folder)])
+    with pytest.raises(ValueError, match="no data set"):
+        data.load(folder)
+    assert not (folder / "meta.json").exists() and not [path for path in folder.iterdir() if "tmp" in path.name]
+
+
+# ---- Tiny Shakespeare
+
+def test_shakespeare_splits_are_the_text(tmp_path):
+    text = "".join(random.Random(0).choices("abc \né€", k=4001))
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    shakespeare.main(["--source", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")])
+    dataset = data.load(tmp_path / "out")
+    parts = [dataset.text(dataset.tokens(split)) for split in data.SPLITS]
+    assert "".join(parts) == text and len(parts[0]) == int(0.9 * 4001) and [len(part) for part in parts[1:]] == [200, 201]
+    assert dataset.meta["kind"] == "stream" and dataset.response("val") is None and dataset.check is None
+    assert dataset.meta["vocab_size"] == 8 and dataset.mask_id == 7
+
+
+@pytest.mark.skipif(not (REAL / "tinyshakespeare").is_dir(), reason="the real text is not here")
+def test_real_shakespeare(tmp_path):
+    source = REAL / "tinyshakespeare" / "input.txt"
+    shakespeare.main(["--source", str(source), "--out", str(tmp_path)])
+    dataset = data.load(tmp_path)
+    assert dataset.meta["splits"] == {"train": 1_003_854, "val": 55_770, "test": 55_770}  # nanoGPT documents 1,003,854 and 111,540
+    assert dataset.meta["vocab_size"] == 66 and "".join(dataset.tokenizer.chars) == "".join(sorted(set(source.read_text())))
+    assert dataset.text(dataset.tokens("train")) == source.read_text()[:1_003_854]
+
+
+@pytest.mark.parametrize("content,words", [(b"", "empty"), (b"<!DOCTYPE html><html>404</html>", "HTML"), (b"short", "too few"),
+                                           (b"a\xff" * 1000, "UTF-8"), (b"a\0" * 1000, "binary"), (None, "No such file")])
+def test_wrong_text(content, words, tmp_path):
+    if content is not None:
+        (tmp_path / "in.txt").write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        shakespeare.main(["--source", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")])
+    assert "in.txt" in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# ---- GSM8K
+
+def write_gsm8k(folder, train=60, test=8):
+    folder.mkdir(exist_ok=True)
+    problems = [{"question": f" Ann has {i} pens\u2028and gets {i}. How many?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i} pens.\n#### {2 * i:,}"}
+                for i in range(train + test)]
+    for name, part in (("train", problems[:train]), ("test", problems[train:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part), encoding="utf-8")
+    return problems
+
+
+def expected_text(problem, marks=False):
+    answer = problem["answer"]
+    while "<<" in answer and not marks:
+        answer = answer[:answer.index("<<")] + answer[answer.index(">>") + 2:]
+    return problem["question"].strip() + "\n", answer.strip()
+
+
+def assert_holds(dataset, problems, split, marks=False, every=1):
+    """Every row of the split is a problem of the source, prompt and response where they belong, padded with <eos>."""
+    texts = {"".join(expected_text(p, marks)): expected_text(p, marks) for p in problems}
+    eos = next(name for name, i in dataset.tokenizer.specials.items() if i == dataset.eos_id)
+    for ids, response in zip(dataset.tokens(split)[::every], dataset.response(split)[::every]):
+        prompt, answer = texts.pop(dataset.tokenizer.decode(ids[ids != dataset.eos_id]))
+        assert dataset.tokenizer.decode(ids[~response]) == prompt
+        assert re.fullmatch(f"(?:{re.escape(eos)})+", dataset.tokenizer.decode(ids[response]).removeprefix(answer))
+        assert dataset.correct(ids, ids, response) and not dataset.correct(np.where(response, dataset.mask_id, ids), ids, response)
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_gsm8k_rows(tmp_path, marks):
+    problems = write_gsm8k(tmp_path / "in")
+    argv = ["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--length", "100", "--out", str(tmp_path / "out")]
+    gsm8k.main(argv + ["--marks"] * marks)
+    dataset = data.load(tmp_path / "out")
+    for split in data.SPLITS:
+        assert_holds(dataset, problems, split, marks)
+    counts, dropped = dataset.meta["splits"], dataset.meta["dropped"]
+    assert counts["test"] + dropped["test"] == 8 and sum(counts.values()) + sum(dropped.values()) == 68
+    fits = [len("".join(expected_text(p, marks)).encode()) < 100 for p in problems]
+    assert sum(fits) == sum(counts.values()) and dataset.meta["vocab_size"] == 258 and counts["val"] > 0
+    assert not {row.tobytes() for row in dataset.tokens("train")} & {row.tobytes() for row in dataset.tokens("val")}
+
+
+def test_gsm8k_question_of_the_test_set_is_not_trained_on(tmp_path):
+    write_gsm8k(tmp_path / "in")
+    with open(tmp_path / "in" / "test.jsonl", "ab") as file:
+        file.write((tmp_path / "in" / "train.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="nothing is left for train"):
+        gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.skipif(not (REAL / "gsm8k").is_dir(), reason="the real data set is not here")
+def test_real_gsm8k(tmp_path):
+    gsm8k.main(["--source", str(REAL / "gsm8k"), "--tokenizer", "bytes", "--out", str(tmp_path)])
+    dataset = data.load(tmp_path)
+    for split, file, total in (("train", "train", None), ("val", "train", None), ("test", "test", 1319)):
+        problems = [json.loads(line) for line in (REAL / "gsm8k" / f"{file}.jsonl").read_bytes().splitlines()]
+        assert_holds(dataset, problems, split, every=1 if split == "val" else 10)
+        assert total is None or dataset.meta["splits"][split] + dataset.meta["dropped"][split] == total
+    of = {split: dataset.meta["splits"][split] + dataset.meta["dropped"][split] for split in ("train", "val")}
+    assert of["train"] + of["val"] == 7473 and 0.04 < of["val"] / 7473 < 0.06
+
+
+@pytest.mark.skipif(not (REAL / "hub" / "JetLM--SDAR-4B-Chat").is_dir(), reason="the real tokenizer is not here")
+@pytest.mark.parametrize("argv,size,mask,eos", [(["--vocab_size", "2000"], 2002, "<mask>", "<eos>"), ([], None, "<|MASK|>", "<|endoftext|>")])
+def test_hub_tokenizer(tmp_path, argv, size, mask, eos):
+    problems = write_gsm8k(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    for name in ("tokenizer.json", "added_tokens.json"):  # left over from an earlier preparation: must not mix with the new one
+        (tmp_path / "out" / name).write_text('{"<old>": 200000}')
+    gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", str(REAL / "hub" / "JetLM--SDAR-4B-Chat"), "--out", str(tmp_path / "out"), *argv])
+    dataset = data.load(tmp_path / "out")
+    for split in data.SPLITS:
+        assert_holds(dataset, problems, split)
+    assert dataset.tokenizer.specials[mask] == dataset.mask_id and dataset.tokenizer.specials[eos] == dataset.eos_id
+    assert dataset.meta["vocab_size"] == (size or dataset.tokenizer.vocab_size)
+    assert dataset.tokens("train").dtype == (np.uint16 if size else np.uint32) and dataset.meta["length"] == 256
+
+
+def little_gpt2():
+    ranks = {bytes([b]): b for b in range(256)} | {b"en": 256, b"pen": 257, b"pens": 258, b"an": 259}
+    return {"name": "gpt2", "pat_str": r" ?\w+| ?[^\w\s]+|\s+", "mergeable_ranks": ranks, "special_tokens": {"<|endoftext|>": 260}}
+
+
+@pytest.mark.parametrize("size", [0, 258])
+def test_tiktoken_encoding(tmp_path, monkeypatch, size):
+    monkeypatch.setitem(tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS, "gpt2", little_gpt2)
+    problems = write_gsm8k(tmp_path / "in")
+    gsm8k.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--vocab_size", str(size)])
+    dataset = data.load(tmp_path / "out")
+    kept = {token: rank for token, rank in little_gpt2()["mergeable_ranks"].items() if rank < (size or 260)}
+    oracle = tiktoken.Encoding("oracle", pat_str=little_gpt2()["pat_str"], mergeable_ranks=kept, special_tokens={})
+    assert dataset.eos_id == len(kept) and dataset.mask_id == len(kept) + 1
+    assert_holds(dataset, problems, "test")
+    for ids, response in zip(dataset.tokens("test"), dataset.response("test")):
+        assert ids[~response].tolist() == oracle.encode(dataset.tokenizer.decode(ids[~response]))
+
+
+def test_without_network_bytes_are_used_and_said(tmp_path, monkeypatch, capsys):
+    def unreachable():
+        raise ConnectionError("no network")
+    monkeypatch.setitem(tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS, "gpt2", unreachable)
+    write_gsm8k(tmp_path / "in")
+    gsm8k.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--vocab_size", "4096"])
+    assert data.load(tmp_path / "out").meta["vocab_size"] == 258 and "using bytes instead" in capsys.readouterr().err
+
+
+def line(**problem):
+    return json.dumps({"question": "q", "answer": "#### 1"} | problem).encode()
+
+
+@pytest.mark.parametrize("content,words", [
+    (b"", "empty"), (b"<html><body>404: Not Found</body></html>", "line 1 is an HTML page"), (line() + b"\nNot Found", "line 2: not JSON"),
+    (line() + b"\n" + line()[:-5], "line 2: not JSON .*truncated"), (line() + b'\n\n{"question": "q"}', "line 3: expected an object"),
+    (b"[1]", "line 1: expected an object"), (line(answer=3), "line 1: expected an object"), (line(answer="so 3"), "line 1: .*####"),
+    (line() + b"\xff", "not UTF-8"), (None, "No such file")])
+@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
+def test_wrong_gsm8k(name, content, words, tmp_path):
+    write_gsm8k(tmp_path / "in")
+    (tmp_path / "in" / name).unlink()
+    if content is not None:
+        (tmp_path / "in" / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert name in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--tokenizer", "nope"], "gpt2"), (["--tokenizer", "bytes", "--vocab_size", "100"], "256"), (["--length", "-1"], "--length"),
+    (["--tokenizer", "bytes", "--length", "20"], "nothing is left")])
+def test_wrong_gsm8k_options(argv, words, tmp_path):
+    write_gsm8k(tmp_path / "in")
+    with pytest.raises(ValueError, match=words) as error:
+        gsm8k.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *argv])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("written,value,equal", [
+    ("#### 72", "72", True), ("####72", "72", True), ("#### $1,080.", "1080", True), ("#### $ 1080", "1,080", True), ("#### 72.0", "72", True),
+    ("#### -12", "-12", True), ("#### -$12", "-12", True), ("#### 0.50", ".5", True), ("#### 18 dollars", "18", True), ("#### 18\n#### 19", "18", True),
+    ("#### 73", "72", False), ("#### 12", "-12", False), ("#### 7", "72", False), ("#### 720", "72", False), ("72", "72", False), ("#### ", "72", False),
+    ("#### _2", "72", False), ("#### 18\n#### 19", "19", False), ("#### 7.2", "72", False)])
+def test_gsm8k_numbers(written, value, equal):
+    assert gsm8k.check(f"q\nsome steps\n{written}<eos><eos>", f"q\nsteps\n#### {value}<eos>", "") is equal
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-10**9, 10**9), st.integers(-10**9, 10**9))
+def test_gsm8k_check_is_equality_of_numbers(a, b):
+    assert gsm8k.check(f"#### {a:,}.", f"#### {a}", "")
+    assert gsm8k.check(f"#### {a:,}", f"#### {b}", "") == (a == b)
+
+
+# ---- the network's side and the command line
+
+@pytest.fixture
+def server(tmp_path):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            if self.path != "/cut.txt":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"half a text" * 1000)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    text = "To be, or not to be. " * 10_000
+    (tmp_path / "input.txt").write_text(text)
+    shakespeare.main(["--source", f"{server}/input.txt", "--out", str(tmp_path / "text")])
+    assert data.load(tmp_path / "text").meta["splits"]["train"] == int(0.9 * len(text))
+    problems = write_gsm8k(tmp_path / "problems")
+    gsm8k.main(["--source", f"{server}/problems/", "--tokenizer", "bytes", "--out", str(tmp_path / "gsm8k")])
+    assert_holds(data.load(tmp_path / "gsm8k"), problems, "test")
+
+
+@pytest.mark.parametrize("path,words", [("absent.txt", "404"), ("cut.txt", "broke off at 11,000 of 100,000 bytes")])
+def test_failed_download(server, tmp_path, path, words):
+    with pytest.raises(ValueError, match=words) as error:
+        shakespeare.main(["--source", f"{server}/{path}", "--out", str(tmp_path / "out")])
+    assert path in str(error.value) and "--source" in str(error.value) or "try again" in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def script(name, *argv):
+    return subprocess.run([sys.executable, ROOT / "data" / name / "prepare.py", *argv], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_scripts_run_from_anywhere_and_end_with_an_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = script("sums", *SMALL, "--out", "here")
+    assert done.returncode == 0 and done.stdout.count("\n") == 6 and re.search(r"\d+=[\d,]+\.\n$", done.stdout)
+    assert (tmp_path / "here" / "meta.json").is_file()
+
+
+@pytest.mark.parametrize("name,argv,words", [("gsm8k", ["--source", "nowhere"], "nowhere/train.jsonl"), ("latin", ["--given", "99"], "--given"),
+                                             ("sums", ["--out", "file", *SMALL], "file")])
+def test_scripts_tell_mistakes_in_one_line(name, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = script(name, *argv)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and words in last and "Traceback" not in done.stderr and done.stdout == ""
+    assert len([text for text in done.stderr.splitlines() if not text.startswith(("examples:", "\r"))]) <= 2

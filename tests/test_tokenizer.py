@@ -1,0 +1,423 @@
+"""zoo/tokenizer.py against the `tokenizers` library, `transformers`' Qwen2 tokenizer and brute force."""
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Original
+
+from zoo import tokenizer as zoo
+from zoo.tokenizer import GPT2, QWEN, SYMBOL, BPETokenizer, CharTokenizer, bytes_tokenizer, load, truncated
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+SDAR = SHARED / "hub" / "JetLM--SDAR-4B-Chat"
+LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+DEEPSEEK3 = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+
+
+def split(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WITH_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+STYLES = {  # the pre-tokenizers of well-known files
+    "gpt2": WITH_GPT2,
+    "qwen": pre_tokenizers.Sequence([split(QWEN), BYTES]),
+    "llama3": pre_tokenizers.Sequence([split(LLAMA3), BYTES]),
+    "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WITH_GPT2]),
+    "deepseek-llm": pre_tokenizers.Sequence([split(r"[\r\n]"), split(r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+"), split(r"\s?[!-/:-~！-／：-～‘-‟　-。]+"),
+                                             split(r"\s+$"), split("[一-龥ࠀ-一가-퟿]+"), pre_tokenizers.Digits(individual_digits=True), BYTES]),
+    "deepseek-coder": pre_tokenizers.Sequence([split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split("[一-龥ࠀ-一가-퟿]+"),
+                                               pre_tokenizers.Digits(individual_digits=True), BYTES]),
+    "deepseek-v3": pre_tokenizers.Sequence([split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK3), BYTES]),
+    "gaps": pre_tokenizers.Sequence([split(r"\p{L}+"), BYTES]),  # a pattern that leaves stretches unmatched
+    "string": pre_tokenizers.Sequence([pre_tokenizers.Split("a.b", "isolated"), split(r"[^\S\n]+|\p{Lu}\p{Ll}*"), BYTES]),
+    "whole": pre_tokenizers.Sequence([BYTES]),
+}  # fmt: skip
+
+
+def nasty() -> list[str]:
+    """Every assigned character, alone and in company; emoji sequences; controls; runs; line ends; combining marks; look-alike specials."""
+    assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cs", "Cn", "Co")]
+    rows = ["".join(assigned[k : k + 40]) for k in range(0, len(assigned), 40)]
+    script = [f"a{c} {c}1{c}\n{c}  {c}'{c}" for c in assigned[::23]]
+    emoji = ["👩‍👩‍👧‍👦👍🏽🇩🇪🇫🇷1️⃣🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️‍🔥x☃️y", "🤷🏿‍♀️" * 50]
+    controls = ["".join(map(chr, range(32))), "\x00", "\x1c \x1d\x1e\x1f", "\x7f\x80\x85\xa0\u200b\u2028\u2029\ufeff\ufffe\uffff\U0010ffff"]
+    runs = [c * n for c in ("a", " ", "\n", "\t", "!", "7", "é", "漢", "ab", "\r\n", " \n", "\u0301", "\u3000", "<|") for n in (2, 3, 9, 129, 5000)]
+    marks = ["e\u0301 é \u1100\u1161\u11a8 각 \u212a\u212b \u0344 \u0958 \ufb01 q\u0307\u0323 q\u0323\u0307", "नमस्ते दुनिया", "שָׁלוֹם", "สวัสดีชาวโลก", "ﷺ مرحبا"]
+    text = ["", " ", "'S 'ſ 'LL 'Ve it's WE'RE I'd i'm don'T'Til", "x = 3.14159e-10; // 12345678901\r\n\tif (a<=b) {\r\n\r\n  return;}   \n \n\n  z ",
+            "<|im_end|><think></think> <|endoftext|>", "١٢٣४५६ ⅷ¾²㊿ 𝟙𝟚", "aaa.bbb a.b A.B Abc ABc"]  # fmt: skip
+    return rows + script + emoji + controls + runs + marks + text
+
+
+NASTY = nasty()
+OLD_NFC = normalizers.NFC()
+YOUNG = {chr(c) for c in range(0x110000) if unicodedata.combining(chr(c)) and OLD_NFC.normalize_str(f"a{chr(c)}\u0301\u0316") != unicodedata.normalize(
+    "NFC", f"a{chr(c)}\u0301\u0316")} | {"\U00011935"}  # fmt: skip
+WORDS = "the of and to a in is it you that he was for on are with as his they I at be this have one her said would 12 345 é 漢字 don't\n"
+TEXT = [" ".join(random.Random(k).choices(WORDS.split(" "), k=60)) for k in range(200)]
+
+
+def trained(style: str, size: int = 700, specials=("<eos>", "<mask>"), nfc: bool = True) -> Original:
+    original = Original(models.BPE())
+    original.pre_tokenizer, original.decoder = STYLES[style], decoders.ByteLevel()
+    if nfc:
+        original.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    original.train_from_iterator(TEXT + NASTY[::50], trainer)
+    return original
+
+
+def hub(folder: Path, original: Original, change=lambda data: None) -> Path:
+    """A hub folder with this tokenizer.json, after `change` to its data."""
+    data = json.loads(original.to_str())
+    change(data)
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def same(ours: BPETokenizer, original: Original, texts: list[str]) -> None:
+    """Ids and decoded text equal, with added tokens recognised.
+
+    `tokenizers` normalises as of Unicode 9; where a younger combining mark makes that differ from Python, it gets the text normalised.
+    """
+    if ours.nfc:
+        young = [k for k, text in enumerate(texts) if OLD_NFC.normalize_str(text) != unicodedata.normalize("NFC", text)]
+        assert len(young) <= len(texts) // 50 and all({*texts[k]} & YOUNG for k in young)
+        texts = [unicodedata.normalize("NFC", text) if k in young else text for k, text in enumerate(texts)]
+    for text, want in zip(texts, original.encode_batch(texts, add_special_tokens=False), strict=True):
+        ids = ours.encode(text, allow_special=True)
+        assert ids == want.ids, text[:80]
+        assert ours.decode(ids) == original.decode(ids, skip_special_tokens=False), text[:80]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    if not SDAR.is_dir():
+        pytest.skip("needs the hub files of SDAR")
+    from transformers import Qwen2Tokenizer
+
+    return load(SDAR), Qwen2Tokenizer.from_pretrained(SDAR).backend_tokenizer
+
+
+def test_qwen_files(qwen):
+    ours, original = qwen
+    assert ours.vocab_size == 151670 and ours.nfc and ours.patterns == [QWEN]
+    assert ours.specials == {t.content: i for i, t in original.get_added_tokens_decoder().items()}
+    assert ours.ids is None  # ids follow the merge order, so tiktoken's ranks are the ids
+    assert {zoo._spell(t): i for t, i in ours.merged.items()} == json.loads((SDAR / "vocab.json").read_text(encoding="utf-8"))
+
+
+def test_qwen_equals_the_original(qwen):
+    same(*qwen, NASTY)
+    rows = [json.loads(row) for name in ("train", "test") for row in (SHARED / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [row[key] for row in rows for key in ("question", "answer")]
+    assert len(lines) == 2 * (7473 + 1319)
+    same(*qwen, lines + [(SHARED / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")])
+
+
+def test_qwen_long_runs(qwen):
+    same(*qwen, [c * 100_000 for c in ("a", " ", "\n", "!", "0", "é")] + ["a" * 30_000 + " " * 300_000 + "b"])
+
+
+def test_runs_too_long_for_the_pattern_matcher_are_refused_in_one_line():
+    ours = bytes_tokenizer([])
+    assert len(ours.encode("a" * 1_000_000)) == 1_000_000
+    for text in (" " * 1_000_000, "a" * 250_000 + "\t" * 900_000 + "b"):
+        with pytest.raises(ValueError, match=r"^the text has more than 400,000 white-space characters in a row: shorten it$"):
+            ours.encode(text)
+    unmatched = BPETokenizer({bytes([b]): b for b in range(256)}, [r"\p{N}"], {})
+    with pytest.raises(ValueError, match="one piece of it may be too long"):
+        unmatched.encode("a" * 1_000_000)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_trained_vocabularies_in_both_spellings(style, tmp_path):
+    original = trained(style, nfc=style in ("qwen", "gpt2"))
+
+    def as_strings(data):
+        assert isinstance(data["model"]["merges"][0], list)
+        data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+
+    pairs, strings = load(hub(tmp_path / "a", original)), load(hub(tmp_path / "b", original, as_strings))
+    assert pairs.fingerprint == strings.fingerprint and pairs.vocab_size == original.get_vocab_size()
+    assert pairs.specials == {"<eos>": 0, "<mask>": 1} and pairs.ids is not None  # the specials come first: a table takes ranks to ids
+    same(pairs, original, NASTY[::3] + NASTY[-60:] + TEXT + ["<mask>a<eos><eos", "x  <mask>  y"])
+
+
+def test_invalid_utf8_and_unknown_ids(qwen):
+    ours, original = qwen
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(151670) for _ in range(draw.randrange(30))]
+        assert ours.decode(ids) == original.decode(ids, skip_special_tokens=False)
+    single = bytes_tokenizer(["<mask>"])
+    assert single.decode([0xE6, 0xBC, 256, 0xA2, 0x41]) == b"\xe6\xbc<mask>\xa2A".decode("utf-8", "replace")
+    assert single.decode(np.array([104, 105])) == "hi" and single.decode([]) == ""
+    for unknown in (257, -1):
+        with pytest.raises(ValueError, match=f"^id {unknown} is not in the vocabulary"):
+            single.decode([104, unknown])
+
+
+def test_text_never_gives_a_special_token_unless_asked(qwen):
+    ours, original = qwen
+    for name, i in ours.specials.items():
+        text = f"{name}a {name}{name}"
+        assert not {*ours.encode(text)} & {*ours.specials.values()} and ours.decode(ours.encode(text)) == text
+        assert ours.encode(text, allow_special=True) == original.encode(text).ids
+        assert ours.encode(text, allow_special=[name]) == original.encode(text).ids
+        other = "<|endoftext|>" if name == "<|im_end|>" else "<|im_end|>"
+        assert ours.encode(name + other, allow_special={name}) == [i, *ours.encode(other)]
+    with pytest.raises(ValueError, match=r"^this tokenizer has no special token '<nothing>'$"):
+        ours.encode("a", allow_special={"<nothing>"})
+    nested = bytes_tokenizer(["<a>", "<a>b", "<a"])  # the longest name wins, as in `tokenizers`
+    assert nested.encode("<a>b<a>c<a", allow_special=True) == [257, 256, ord("c"), 258]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_merge_list_gives_what_the_original_gives(data):
+    """Random merges: several pairs for one token, tokens without merges, pairs in any order and twice, ids permuted and with holes."""
+    tokens, merges = list("abc"), []
+    for _ in range(data.draw(st.integers(1, 12))):
+        pair = (data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens)))
+        merges.append(pair)
+        if pair[0] + pair[1] not in tokens:
+            tokens.append(pair[0] + pair[1])
+    if data.draw(st.booleans()):
+        merges = data.draw(st.permutations(merges))
+    extra = data.draw(st.lists(st.text("abc", min_size=2, max_size=4), max_size=3))
+    names = [*SYMBOL.values(), *(t for t in dict.fromkeys(tokens + extra) if len(t) > 1)]
+    ids = random.Random(data.draw(st.integers(0, 9))).sample(range(len(names) + 50), len(names))
+    ignore_merges = data.draw(st.booleans())
+    vocab = dict(zip(names, ids, strict=True))
+    original = Original(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    try:
+        merged, decoded = zoo._merge_order(vocab, [*map(list, merges)], {}, ignore_merges)
+    except ValueError as error:
+        assert ignore_merges and "look-up of whole pieces" in str(error)
+        return
+    ours = BPETokenizer(merged, ["(?s:.+)"], {}, False, decoded)
+    assert {*ours.tokens} == {*ids}
+    for text in [*names[256:], *(data.draw(st.text("abc", max_size=n)) for n in (6, 40, 700))]:
+        assert ours.encode(text) == original.encode(text).ids, (text, merges)
+
+
+def test_ignore_merges_and_its_limit(tmp_path):
+    vocab = {c: i for i, c in enumerate(SYMBOL.values())} | {"ab": 256, "abcd": 257}
+    original = Original(models.BPE(vocab=vocab, merges=[("a", "b")], ignore_merges=True))
+    original.pre_tokenizer, original.decoder = WITH_GPT2, decoders.ByteLevel()
+    ours = load(hub(tmp_path, original))  # abcd ends in ab, c, d: only the look-up of a whole piece finds it
+    same(ours, original, ["abcd", "abcde", " abcd", "abcdabcd", "abcd.abcd"])
+    assert ours.encode("abcd.abcd") == [257, vocab["."], 257] and ours.encode("abcde") != [257, vocab["e"]]
+    with pytest.raises(ValueError, match="'abcd' is found by the look-up of whole pieces only"):
+        load(hub(tmp_path, original, lambda data: data["model"]["vocab"].update(cd=258) or data["model"]["merges"].append(["c", "d"])))
+
+
+def test_vocab_and_merges_files_equal_tokenizer_json(tmp_path):
+    original = trained("qwen")
+    one, two = hub(tmp_path / "one", original), tmp_path / "two"
+    two.mkdir()
+    original.model.save(str(two))
+    added = {str(i): {"content": t.content, "lstrip": False} for i, t in original.get_added_tokens_decoder().items()}
+    config = {"tokenizer_class": "Qwen2TokenizerFast", "added_tokens_decoder": added}
+    (two / "tokenizer_config.json").write_text(json.dumps(config))
+    (two / "added_tokens.json").write_text(json.dumps({"<MASK>": 1}))  # a second name of the same id does not count
+    assert load(one).fingerprint == load(two).fingerprint
+    same(load(two), original, NASTY[::20] + TEXT)
+    del config["tokenizer_class"]
+    (two / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not say how text is split"):
+        load(two)
+    assert load(two, pattern=QWEN, nfc=True).fingerprint == load(one).fingerprint
+
+
+def test_tiktoken_file(tmp_path):
+    import base64
+
+    original = trained("llama3", specials=(), nfc=False)
+    tokens = sorted(original.get_vocab().items(), key=lambda item: item[1])
+    lines = [base64.b64encode(zoo._unspell(token)) + b" %d\n" % i for token, i in tokens]
+    (tmp_path / "x.tiktoken").write_bytes(b"".join(lines))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": len(tokens)}))
+    ours = load(tmp_path, pattern=LLAMA3)
+    same(ours, original, NASTY[::20] + TEXT)
+    assert ours.specials == {"<mask>": len(tokens)}
+    with pytest.raises(ValueError, match="do not say how text is split"):
+        load(tmp_path)
+    (tmp_path / "x.tiktoken").write_bytes(b"".join(lines[1:]))
+    with pytest.raises(ValueError, match="no token for 1 of the 256 bytes"):
+        load(tmp_path, pattern=LLAMA3)
+
+
+def set_at(*path, value):
+    def change(data):
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+def before(pattern):
+    """One more splitting pattern, in front."""
+    return lambda data: data["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"})
+
+
+@pytest.mark.parametrize("change, message", [
+    (set_at("model", "type", value="Unigram"), "type = 'Unigram'"),
+    (set_at("model", "byte_fallback", value=True), "byte_fallback = True"),
+    (set_at("model", "dropout", value=0.1), "dropout = 0.1"),
+    (set_at("model", "end_of_word_suffix", value="</w>"), "end_of_word_suffix"),
+    (set_at("normalizer", value={"type": "Lowercase"}), "only NFC or none"),
+    (set_at("normalizer", value={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}), "only NFC or none"),
+    (set_at("pre_tokenizer", value=None), "pre-tokenizer"),
+    (set_at("pre_tokenizer", value={"type": "Metaspace", "replacement": "_"}), "Metaspace"),
+    (set_at("pre_tokenizer", "pretokenizers", 0, "behavior", value="Removed"), "Removed"),
+    (set_at("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True), "add_prefix_space"),
+    (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value=r"\w+$"), "can mean something else"),
+    (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value=r"\w+|\W+"), "can mean something else"),
+    (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", value=r"(unclosed"), "Parsing error"),
+    (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(), "does not end in ByteLevel"),
+    (before(r"\w+"), r": \\w is not supported"),
+    (before(r"[^\s\S]"), r": \\S is not supported"),
+    (before(r"a[^b^]"), "is not supported"),
+    (before(r"(a)"), "group"),
+    (before(r"[\P{L}]"), r": \\P\{L\} is not supported"),
+    (before(r"\p{Xx}"), "category"),
+    (lambda d: d["added_tokens"][0].update(lstrip=True), "has lstrip"),
+    (lambda d: d["added_tokens"][0].update(id=1000), "another id"),
+    (lambda d: d["added_tokens"].append({"id": 1000, "content": "<eos>"}), "two ids"),
+    (lambda d: d["added_tokens"].append({"id": 9, "content": "<new>"}), "same id"),
+    (lambda d: d["added_tokens"].append({"id": d["model"]["vocab"]["a"], "content": "a"}), "ordinary token"),
+    (lambda d: d["model"]["merges"].append(["q", "qqq"]), "not in the vocabulary"),
+    (lambda d: d["model"]["vocab"].pop("!"), "no token for 1 of the 256 bytes"),
+    (lambda d: d["model"]["vocab"].update({"!": 5}), "same id"),
+    (lambda d: d["model"].pop("merges"), "malformed"),
+    (lambda d: d.pop("pre_tokenizer"), "malformed"),
+])  # fmt: skip
+def test_what_cannot_be_reproduced_is_refused_in_one_line(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        load(hub(tmp_path, trained("qwen", 300), change))
+    assert str(error.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
+
+
+def test_folders_without_a_readable_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no tokenizer in .*: expected tokenizer\.json"):
+        load(tmp_path)
+    for text in ("{", "[]", '{"kind": "bpe"}', '{"kind": "else"}', "\udcff"):
+        (tmp_path / "tokenizer.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: ") as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
+    with pytest.raises(ValueError, match="vocab.json: "):
+        load(tmp_path)
+
+
+def test_hub_files_are_copied_byte_for_byte(qwen, tmp_path):
+    ours, _ = qwen
+    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "chars": ["a"], "specials": []}')  # of an earlier tokenizer
+    ours.save(tmp_path)
+    kept = {"vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert all((tmp_path / name).read_bytes() == (SDAR / name).read_bytes() for name in kept)
+    assert load(tmp_path).fingerprint == ours.fingerprint
+
+
+def test_truncated(qwen, tmp_path):
+    ours, original = qwen
+    merges = [tuple(line.split(" ")) for line in (SDAR / "merges.txt").read_text(encoding="utf-8").split("\n")[1:4097]]
+    size = 256 + len(merges)
+    vocab = {token: i for token, i in original.get_vocab().items() if i < size}
+    want = Original(models.BPE(vocab=vocab, merges=merges))
+    want.normalizer, want.pre_tokenizer, want.decoder = original.normalizer, original.pre_tokenizer, original.decoder
+    want.add_tokens([AddedToken("<eos>", normalized=False), AddedToken("<mask>", normalized=False)])
+    small = truncated(ours, size, ["<eos>", "<mask>"])
+    assert small.specials == {"<eos>": size, "<mask>": size + 1} and small.vocab_size == size + 2
+    same(small, want, NASTY[::10] + TEXT + ["<mask><eos><think>"])
+    small.save(tmp_path)
+    assert load(tmp_path).fingerprint == small.fingerprint and load(tmp_path).encode("the <mask>", True) == small.encode("the <mask>", True)
+    for wrong in (255, len(ours.merged) + 1):
+        with pytest.raises(ValueError, match=f"not {wrong}$"):
+            truncated(ours, wrong, [])
+    permuted = trained("qwen")
+    folder = hub(tmp_path / "permuted", permuted)
+    assert list(truncated(load(folder), 300, []).merged.values()) == list(range(300))
+
+
+@given(st.text(), st.lists(st.sampled_from(["<mask>", "<eos>", "x", "é"]), max_size=4))
+def test_bytes(text, parts):
+    ours = bytes_tokenizer(["<eos>", "<mask>"])
+    assert ours.encode(text) == list(text.encode()) and ours.decode(ours.encode(text)) == text
+    ids = [i for part in parts for i in ([ours.specials[part]] if part in ours.specials else part.encode())]
+    assert ours.encode("".join(parts), allow_special=True) == ids and ours.decode(ids) == "".join(parts)
+
+
+@given(st.lists(st.characters(exclude_categories=["Cs"]), unique=True, min_size=1), st.data())
+def test_characters(chars, data):
+    ours = CharTokenizer(chars, ["<eos>", "<mask>"])
+    text = data.draw(st.text(st.sampled_from(chars)))
+    assert ours.encode(text) == [chars.index(c) for c in text] and ours.decode(ours.encode(text)) == text
+    assert ours.vocab_size == len(chars) + 2 and ours.specials == {"<eos>": len(chars), "<mask>": len(chars) + 1}
+    assert ours.encode("<mask>" + text, allow_special=True) == [len(chars) + 1, *ours.encode(text)]
+
+
+def test_characters_outside_the_vocabulary():
+    ours = CharTokenizer("ab\n", ["<mask>"])
+    assert ours.decode([0, 3, 2]) == "a<mask>\n"
+    with pytest.raises(ValueError, match=r"^character 'é' \(U\+00E9\) is not in the vocabulary of 3 characters$"):
+        ours.encode("abéx")
+    for wrong in (("aa", []), (["ab"], []), ("a", ["a"]), ("a", ["<m>", "<m>"]), ("a", [""])):
+        with pytest.raises(ValueError, match="different"):
+            CharTokenizer(*wrong)
+    with pytest.raises(ValueError, match="different"):
+        bytes_tokenizer(["<m>", "<m>"])
+    with pytest.raises(ValueError, match="ordinary token as well"):
+        bytes_tokenizer(["m"])
+
+
+@pytest.mark.parametrize("ours", [CharTokenizer("ab", []), bytes_tokenizer([])])
+def test_lone_surrogates(ours):
+    with pytest.raises(ValueError, match=r"lone surrogate U\+DCFF at position 2"):
+        ours.encode("ab\udcff")
+
+
+def test_fingerprint_and_saving_our_own_format(tmp_path):
+    merged = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"bc": 257}
+    swapped = {**{bytes([b]): b for b in range(256)}, b"bc": 257, b"ab": 256}  # the same ids, another merge order
+    kinds = [CharTokenizer("ab", ["<m>"]), CharTokenizer("ba", ["<m>"]), CharTokenizer("ab", ["<n>"]), CharTokenizer("ab<", []),
+             bytes_tokenizer(["<m>"]), bytes_tokenizer(["<n>"]), BPETokenizer(merged, [GPT2], {"<m>": 300}),
+             BPETokenizer(swapped, [GPT2], {"<m>": 300}), BPETokenizer(merged, [QWEN], {"<m>": 300}), BPETokenizer(merged, [GPT2], {"<m>": 301}),
+             BPETokenizer(merged, [GPT2], {"<m>": 300}, nfc=True), BPETokenizer(merged, [r"\p{N}", GPT2], {"<m>": 300}),
+             BPETokenizer(merged, [GPT2], {"<m>": 300}, decoded={299: b"zz"})]  # fmt: skip
+    assert len({ours.fingerprint for ours in kinds}) == len(kinds)
+    for ours in kinds:
+        ours.save(tmp_path)
+        again = load(tmp_path)
+        assert again.fingerprint == ours.fingerprint and again.tokens == ours.tokens and again.specials == ours.specials
+        assert again.encode("ab<m>ab", bool(ours.specials)) == ours.encode("ab<m>ab", bool(ours.specials)) if isinstance(ours, BPETokenizer) else True
+    assert kinds[6].encode("abc") != kinds[7].encode("abc")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    CharTokenizer("ab", []).save(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(zoo.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        CharTokenizer("cd", []).save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
