@@ -21,9 +21,10 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -288,7 +289,7 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Ten
     tokens (B, T) are the clean ids; only a block-causal model reads them (earlier blocks are clean when a block is denoised).
     segments (B, T), optional: document number of every token of a packed row; documents do not see each other, positions restart.
     """
-    B, T, _ = x.shape
+    T = x.shape[1]
     positions = torch.arange(T, device=x.device)[None]  # (1, T)
     if segments is not None:
         first = torch.ones_like(segments, dtype=torch.bool)
@@ -315,7 +316,7 @@ WEIGHTS = ("entropy", "confidence", "fixed", "one", "1-entropy", "1-confidence",
 STARTS = ("cold", "warm", "self", "dirichlet")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Residual:
     """What is carried from step to step: everything that the paper ablates about it is a choice here."""
 
@@ -478,7 +479,7 @@ def row_losses(model: Transformer, rows: Tensor, targets: Tensor) -> Tensor:
 RULES = ("static", "threshold", "random", "left-to-right", "entropy")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampler:
     """How a canvas is denoised. The commit rule says which masked positions to fix now, the carry what one step hands to the next."""
 

@@ -1,6 +1,6 @@
 """Data sets: `data/<name>/prepare.py` writes token files once, `load(name)` opens them.
 
-A prepared folder holds train.npy, val.npy and test.npy (uint16, uint32 above 65,536 tokens), tokenizer.json and meta.json. There are two kinds:
+A prepared folder holds train.npy, val.npy and test.npy (uint16, or uint32 above 65,536 tokens), tokenizer.json and meta.json. Two kinds:
 - "stream": 1-D (T,), a running text from which the trainer cuts windows;
 - "examples": 2-D (N, L), one canvas per row, and beside it <split>_response.npy (bool, same shape): True where the model must fill the
   position (it may be masked), False where it is shown (the prompt, given cells). Padding with <eos> belongs to the response.
@@ -93,7 +93,8 @@ def _checked(folder: Path) -> Dataset:
     """The data set, if its files agree with each other."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT or meta["name"] not in names():
-        raise ValueError(f"meta.json is of format {meta['format']}, task {meta['name']!r}; this version reads format {FORMAT} of {', '.join(names())}")
+        known = f"format {FORMAT} of {', '.join(names())}"
+        raise ValueError(f"meta.json is of format {meta['format']}, task {meta['name']!r}; this version reads {known}")
     prepare = importlib.import_module(f"data.{meta['name']}.prepare")
     dataset = Dataset(folder, meta, tokenizers.load(folder), prepare.check, getattr(prepare, "layout", str))
     if dataset.tokenizer.fingerprint != meta["tokenizer"]:

@@ -137,7 +137,8 @@ def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[st
     tokenizer.save(folder)
     meta = {"name": name, "kind": "examples" if examples else "stream", "length": tokens.shape[1] if examples else None,
             "vocab_size": tokenizer.vocab_size, "mask_id": mask_id, "eos_id": eos_id, "tokenizer": tokenizer.fingerprint, "splits": counts,
-            "source": source, "licence": licence, "command": shlex.join(["python", f"data/{name}/prepare.py", *argv]), **facts, "format": FORMAT}
+            "source": source, "licence": licence, "command": shlex.join(["python", f"data/{name}/prepare.py", *argv]), **facts,
+            "format": FORMAT}
     write_atomic(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8"))
     summary(folder)
 

@@ -1,18 +1,18 @@
 """GSM8K: grade-school word problems with worked solutions (Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021).
 
-    Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did Natalia sell altogether?
+    Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did Natalia sell?
     Natalia sold 48/2 = 24 clips in May.
     Natalia sold 48+24 = 72 clips altogether in April and May.
     #### 72
 
 The prompt is the question and a line break; the response is the solution, "#### result" and <eos> up to the fixed length (so a model learns
 where to stop, as LLaDA does). The answer counts when the number after the first "####" equals the reference's: commas, "$", spaces and a
-trailing dot do not matter. The calculator marks <<48/2=24>> of the original are removed unless --marks is given. Examples longer than --length
-are dropped and counted in meta.json. test.npy is the original test set; val.npy is the 5 % of the original training set that a hash of the
-question picks, train.npy the rest.
+trailing dot do not matter. The calculator marks <<48/2=24>> of the original are removed unless --marks is given. Examples longer than
+--length are dropped and counted in meta.json. test.npy is the original test set; val.npy is the 5 % of the original training set that a
+hash of the question picks, train.npy the rest.
 
-Tokenizers: `--tokenizer gpt2` (or another tiktoken encoding; its file comes over the network once, without it bytes are used), `--tokenizer
-bytes`, or a folder with a hub tokenizer. `--vocab_size 4096` keeps the first 4096 tokens of a BPE in merge order: right for a small model.
+Tokenizers: `--tokenizer gpt2` (tiktoken fetches its files once; when it cannot, bytes are used), `--tokenizer bytes`, or a folder with a
+hub tokenizer. `--vocab_size 4096` keeps the first 4096 tokens of a BPE in merge order: right for a small model.
 """
 import json
 import re
@@ -21,6 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+from tiktoken_ext import openai_public
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
@@ -39,7 +40,7 @@ def result(text: str) -> Decimal | None:
 
 def check(filled: str, solution: str, given: str) -> bool:
     """The results are equal as numbers."""
-    return result(filled) is not None and result(filled) == result(solution)
+    return result(filled) == result(solution)
 
 
 def read(source: str, name: str) -> list[dict[str, str]]:
@@ -74,19 +75,20 @@ def tokenizer_of(name: str, size: int) -> tuple[tokenizers.Tokenizer, int, int]:
             if mask is None or eos not in tokenizer.specials:
                 raise ValueError(f"the tokenizer in {name} has no mask or no end token of its own: pass --vocab_size to add them")
             return tokenizer, tokenizer.specials[mask], tokenizer.specials[eos]
+        if not isinstance(tokenizer, tokenizers.BPETokenizer):
+            raise ValueError(f"the tokenizer in {name} is not a BPE: leave --vocab_size away")
     elif name == "bytes":
         tokenizer, size = tokenizers.bytes_tokenizer(SPECIALS), size or 256
-    else:
-        from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS as encodings
-        if name not in encodings:
-            raise ValueError(f"--tokenizer {name}: neither bytes, a folder, nor a tiktoken encoding ({', '.join(encodings)})")
+    elif name == "gpt2":
         try:
-            encoding = encodings[name]()
+            ranks = openai_public.gpt2()["mergeable_ranks"]
         except (OSError, ValueError) as error:
-            print(f"tiktoken cannot fetch {name} ({type(error).__name__}): using bytes instead", file=sys.stderr)
+            print(f"tiktoken cannot fetch its gpt2 files ({type(error).__name__}): using bytes instead", file=sys.stderr)
             return tokenizer_of("bytes", 0)
-        merged = dict(sorted(encoding["mergeable_ranks"].items(), key=lambda item: item[1]))
-        tokenizer, size = tokenizers.BPETokenizer(merged, [encoding["pat_str"]], {}), size or len(merged)
+        merged = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        tokenizer, size = tokenizers.BPETokenizer(merged, [tokenizers.GPT2], {}), size or len(merged)
+    else:
+        raise ValueError(f"--tokenizer {name}: expected gpt2, bytes, or a folder with a hub tokenizer")
     tokenizer = tokenizers.truncated(tokenizer, size, SPECIALS)
     return tokenizer, tokenizer.specials["<mask>"], tokenizer.specials["<eos>"]
 
@@ -94,7 +96,7 @@ def tokenizer_of(name: str, size: int) -> tuple[tokenizers.Tokenizer, int, int]:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--source", default=SOURCE, help="address or folder that has train.jsonl and test.jsonl")
-    parser.add_argument("--tokenizer", default="gpt2", help="a tiktoken encoding, bytes, or a folder with a hub tokenizer")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
     parser.add_argument("--vocab_size", type=int, default=0, help="keep this many tokens of a BPE, in merge order; 0 = all")
     parser.add_argument("--length", type=int, default=0, help="tokens per example; 0 = 256, or 640 with bytes")
     parser.add_argument("--marks", action="store_true", help="keep the calculator marks <<48/2=24>>")

@@ -8,12 +8,12 @@
     6 5 _ _ _ _     6 5 1 2 3 4
     _ _ _ _ 1 _     4 2 3 6 1 5
 
-The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in reading order, one token each, without
-separators; the vocabulary is the digits and <mask>. The model fills the empty cells; as there is one solution, the answer counts when it is that.
+The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in reading order, one token each,
+without separators; the vocabulary is the digits and <mask>. The model fills the empty cells, and its answer counts when it is the solution.
 
-Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards that end in a contradiction are
-thrown away (every board can come out, not all equally often). Then cells are emptied in random order, each only if the solution stays the only
-one, until --given are left. All of it runs on many boards at once, a cell being a bit set of its possible digits.
+Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards that end in a contradiction
+are thrown away (every board can come out, not all equally often). Then cells are emptied in random order, each only if the solution stays
+the only one, until --given are left. All of it runs on many boards at once, a cell being a bit set of its possible digits.
 Puzzles whose solutions are equal up to a renaming of the digits always fall into the same split.
 """
 import sys
@@ -57,15 +57,14 @@ class Rules:
                 twice |= once & new[:, place]
                 once |= new[:, place]
             forced = new & np.bitwise_or.reduce((once & ~twice)[:, self.units_of], 1)
-            # every digit has a place in every unit (so none stands twice in one that is full), every cell a digit, no cell two forced ones
-            ok = (once == self.full).all(1) & (new > 0).all(1) & (COUNT[forced] <= 1).all(1)
+            ok = (once == self.full).all(1)  # every digit has a place in every unit; in a filled board that is all there is to ask
             new = np.where(forced > 0, forced, new)
             boards[active], alive[active] = new, ok
             active = active[ok & (new != old).any(1)]
         return boards, alive
 
     def solvable(self, boards: np.ndarray) -> np.ndarray:
-        """(B,) bool: some completion exists. Breadth-first: a board without forced moves is replaced by one board per digit of its tightest cell."""
+        """(B,) bool: some completion exists. Breadth-first: one board becomes one per digit of its tightest cell."""
         found, owner = np.zeros(len(boards), bool), np.arange(len(boards))
         while len(boards):
             boards, alive = self.propagate(boards)
@@ -81,7 +80,7 @@ class Rules:
         return found
 
     def solutions(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """At most `count` filled boards (b, n*n): random digits into random tightest cells, boards that end in a contradiction are dropped."""
+        """At most `count` filled boards (b, n*n): random digits go into random tightest cells, contradictory boards are dropped."""
         boards = np.full((count, self.n**2), self.full, np.uint16)
         while (COUNT[boards] > 1).any():
             choices = COUNT[boards]
