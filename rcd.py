@@ -391,7 +391,6 @@ class Noised(NamedTuple):
     x: Tensor  # (B, T) ids with masks
     where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
     segments: Tensor | None  # (B, T) document numbers of packed rows
-    generator: torch.Generator | None  # for whatever else a context draws
 
 
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
@@ -402,32 +401,6 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
 
     def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         return residual_of(reference, reference.embed(n.x), n.tokens, n.where, residual, model.embedding, n.segments)
-
-    return context
-
-
-def trajectory_context(residual: Residual, passes: int = 3, absent: float = 0.25) -> Context:
-    """Not the paper's: the residual comes from the target itself, carried through earlier, more masked states, as it is in sampling.
-
-    Draw k in 1..passes and noise levels s_1 > ... > s_k > t along the *same* noise, so that each state masks a subset of the one before.
-    Without gradient, read s_1 cold, s_2 with the residual of s_1, and so on; the residual of s_k meets x_t. With probability `absent` a
-    batch gets none: the cold start. No reference is needed; a batch costs k forwards where Algorithm 1 costs one.
-    """
-
-    def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
-        B, T = n.tokens.shape
-        draws = torch.rand(2 + B * passes, generator=n.generator, device=n.tokens.device)
-        alpha, delta = torch.zeros(B, T, device=draws.device), model.embedding.new_zeros(B, T, model.config.d_model)
-        k = 0 if draws[0] < absent else 1 + int(draws[1] * passes)
-        levels = draws[2 : 2 + B * k].view(B, k).sort(dim=1, descending=True).values  # (B, k) in (0, 1)
-        for i in range(k):
-            s = n.t + (1 - n.t) * levels[:, i : i + 1]  # (B, 1), t < s < 1
-            x, masked = mask_tokens(n.tokens, n.response, s, n.noise, model.config.mask_id)
-            where = masked.nonzero(as_tuple=True)
-            with torch.no_grad():
-                e = mix(model.embed(x), where, alpha[where], delta[where], model.embedding[model.config.mask_id])
-            alpha[where], delta[where] = residual_of(model, e, n.tokens, where, residual, model.embedding, n.segments)
-        return alpha[n.where], delta[n.where]
 
     return context
 
@@ -449,7 +422,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)
     where = masked.nonzero(as_tuple=True)  # the N masked cells
-    n = Noised(tokens, response, t, noise, x, where, segments, generator)
+    n = Noised(tokens, response, t, noise, x, where, segments)
 
     e = model.embed(x)  # (B, T, D)
     if context is not None:
@@ -742,6 +715,62 @@ def canvas_for(c: Config, prompts: list[list[int]], max_new: int, block_size: in
     for i, prompt in enumerate(prompts):
         canvas[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
     return canvas, lengths
+
+
+class Trajectories:
+    """Stage 2 on the sampler's own trajectories (not the paper's recipe): no reference, no forward beyond the one that learns.
+
+    Algorithm 1 shows the target a reference's p at the *same* x_t; sampling feeds it its own p, of the step before, which has not seen the
+    newest tokens, after residuals of residuals. Here a batch is B trajectories under way. Every training step is one denoising step of
+    each: read the canvas with the residual carried so far, take the loss on all that is masked, commit where the sampler would (its own
+    commit rule, on a budget drawn per trajectory), and carry the new residual on. Only, what is committed is the true token. A trajectory
+    starts cold, with everything masked, so the cold start is trained too; one that is full makes room for a new canvas. No gradient flows
+    from step to step.
+    """
+
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu"):
+        b = config.block_size or length
+        self.block = torch.arange(length, device=device) // b  # (T,): a block-causal model denoises all blocks of a canvas side by side
+        self.state = {
+            "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
+            "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
+            "masked": torch.zeros(rows, length, dtype=torch.bool, device=device),
+            "alpha": torch.zeros(rows, length, device=device),  # the residual that masked positions carry
+            "delta": torch.zeros(rows, length, config.d_model, device=device),
+            "left": torch.ones(rows, dtype=torch.long, device=device),  # steps until everything is committed
+        }
+
+    def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor]], residual: Residual, generator: torch.Generator | None) -> Tensor:
+        """One step of every trajectory; fresh(n) -> tokens, response (n, T) of new canvases. Nats per token, each state weighted alike."""
+        s, device = self.state, self.block.device
+        empty = (~s["masked"].any(dim=1)).nonzero()[:, 0]
+        if len(empty):
+            s["tokens"][empty], s["response"][empty] = fresh(len(empty))
+            s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
+            most = s["response"][empty].sum(1).clamp(min=2)  # budgets: log-uniform from 2 steps to one token a step
+            s["left"][empty] = (2 * (most / 2) ** torch.rand(len(empty), generator=generator, device=device)).round().long()
+        masked, E = s["masked"], model.embedding
+        where = masked.nonzero(as_tuple=True)  # N cells
+        x = model.embed(s["tokens"].masked_fill(masked, model.config.mask_id))
+        x = mix(x, where, s["alpha"][where], s["delta"][where].to(E.dtype), E[model.config.mask_id])
+        rows = model.rows(denoiser_hidden(model, x, s["tokens"]), where)  # (N, D)
+        nll = row_losses(model, rows, s["tokens"][where])  # (N,)
+        t = masked.sum(1) / s["response"].sum(1)  # (B,) the noise level that the trajectory is at
+        loss = (nll / t[where[0]]).sum() / s["response"].sum()
+
+        with torch.no_grad():
+            confidence, entropy = torch.empty_like(nll), torch.empty_like(nll)
+            for r in row_chunks(len(rows), model.config.vocab_size):
+                logits, cells = model.logits(rows[r]), (where[0][r], where[1][r])
+                _, confidence[r], entropy[r] = draw(logits, Sampler(), generator)
+                s["alpha"][cells], s["delta"][cells] = (v.to(torch.float32) for v in residual(logits, E))
+            group = where[0] * (int(self.block[-1]) + 1) + self.block[where[1]]  # a budget for every block of every row
+            masks = torch.bincount(group, minlength=len(t) * (int(self.block[-1]) + 1))
+            quota = -(-masks // s["left"].repeat_interleave(int(self.block[-1]) + 1))
+            commit = choose(Sampler(), torch.stack([group, where[1]], dim=1), confidence, entropy, quota, generator)
+            s["masked"] = masked.index_put(where, ~commit)
+            s["left"] = (s["left"] - 1).clamp(min=1)
+        return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -47,12 +47,15 @@ def find(name: str | Path, revision: str | None = None) -> Path:
     for root in (Path("out"), SHIPPED):
         if (root / name / "config.json").is_file():
             return root / name
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
-        from zoo.hub import download
+    there = f"on this machine there are: {', '.join(names()) or 'none yet'}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
+        raise FileNotFoundError(f"no model {str(name)!r}: give a folder, a run, or a hub id (owner/name); {there}")
+    from zoo.hub import download
 
+    try:
         return download(str(name), revision)
-    there = ", ".join(names()) or "none yet"
-    raise FileNotFoundError(f"no model {str(name)!r}: give a folder, a hub id (owner/name), or one of these on this machine: {there}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {there}") from None
 
 
 def load(name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None) -> Loaded:
@@ -67,11 +70,28 @@ def load(name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.d
     folder = find(name)
     values = read_json(folder / "config.json")
     if values.get("model_type") != "rcd":
-        from zoo.hub import load_pretrained
+        from zoo import checkpoint
 
-        return load_pretrained(folder, device, dtype)
+        return checkpoint.load(folder, device, dtype)
     meta = read_json(folder / "train.json") if (folder / "train.json").is_file() else {}
     return Loaded(load_run(folder, device, dtype), tokenizer.load(folder), folder, meta.get("template"), meta.get("sampler", {}), meta)
+
+
+def save(loaded: Loaded, folder: str | Path) -> None:
+    """Write a model in the layout it was loaded from: a run folder, or its family's tensor names and config.json plus an "rcd" section.
+
+    What is saved can be loaded here again, and its tensors load in the family's original class. Nothing is ever half-written.
+    """
+    from zoo import checkpoint
+
+    checkpoint.save(loaded, Path(folder))
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, message: str = "Upload model") -> str:
+    """Upload a model folder to the hub as one commit; returns its address. Raises ValueError or OSError in one line."""
+    from zoo import hub
+
+    return hub.push_to_hub(folder, repo_id, private=private, message=message)
 
 
 def read_json(path: Path) -> dict:

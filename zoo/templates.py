@@ -151,8 +151,8 @@ def encode_answers(tokenizer: Tokenizer, template: str, messages: list[dict], ad
                    thinking: bool | None = None) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Tokens of a conversation for training, and for each of them whether it is an answer's (its reasoning and end mark included).
 
-    What stands before the last answer is exactly what `encode_chat` gives for the messages before it (if thinking is off and the answer
-    has reasoning all the same, up to the header).
+    What stands before a last answer to a user is exactly what `encode_chat` gives for the messages before it (if thinking is off and the
+    answer has reasoning all the same, only up to the header).
     """
     written = segments(template, messages, add_generation_prompt, thinking)
     missing = [name for name in TEMPLATES[template].needs if name not in tokenizer.specials]

@@ -18,8 +18,8 @@ ends in three tokens or more; if it ends in two, the file is refused.
 
 Special and other added tokens (`<|im_end|>`, `<think>`) never come out of text unless `allow_special` asks for them; what the
 `tokenizers` library does, which always takes them, is `allow_special=True`.
-NFC is Python's. `tokenizers` knows Unicode 9 there, so a run of combining marks with one that is younger (98 of them in Python 3.11) can
-come out of it in another order.
+NFC is Python's; `tokenizers` knows Unicode 9 there, so a run of combining marks with one that is younger (98 of them in Python 3.11) can
+come out of it in another order. Where several patterns split the text, all but the last run in Python's `re`, with its Unicode tables.
 """
 
 import base64
@@ -226,8 +226,8 @@ def load(folder: str | Path, pattern: str | None = None, nfc: bool = False) -> T
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, vocab.json with merges.txt, or a .tiktoken file")
     try:
         return _read(path, pattern, nfc)
-    except (LookupError, TypeError, AttributeError, ValueError, re.error) as error:
-        raise ValueError(f"{path}: {error if type(error) is ValueError else f'malformed ({error!r})'}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError, re.error) as error:
+        raise ValueError(f"{path}: {error if type(error) is ValueError else f'malformed, {type(error).__name__}: {error}'}") from None
 
 
 def _read(path: Path, pattern: str | None, nfc: bool) -> Tokenizer:
