@@ -738,6 +738,7 @@ class Trajectories:
             "alpha": torch.zeros(rows, length, device=device),  # the residual that masked positions carry
             "delta": torch.zeros(rows, length, config.d_model, device=device),
             "left": torch.ones(rows, dtype=torch.long, device=device),  # steps until everything is committed
+            "threshold": torch.ones(rows, device=device),  # half of the trajectories commit whatever is surer than theirs, too
         }
 
     def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor]], residual: Residual, generator: torch.Generator | None) -> Tensor:
@@ -747,8 +748,10 @@ class Trajectories:
         if len(empty):
             s["tokens"][empty], s["response"][empty] = fresh(len(empty))
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
-            most = s["response"][empty].sum(1).clamp(min=2)  # budgets: log-uniform from 2 steps to one token a step
-            s["left"][empty] = (2 * (most / 2) ** torch.rand(len(empty), generator=generator, device=device)).round().long()
+            most = s["response"][empty].sum(1).clamp(min=2)
+            u, v, w = torch.rand(3, len(empty), generator=generator, device=device)
+            s["left"][empty] = torch.where(u < 0.5, (2 * (most / 2) ** v).round().long(), most)  # log-uniform, 2 steps to one token a step
+            s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked, E = s["masked"], model.embedding
         where = masked.nonzero(as_tuple=True)  # N cells
         x = model.embed(s["tokens"].masked_fill(masked, model.config.mask_id))
@@ -768,6 +771,7 @@ class Trajectories:
             masks = torch.bincount(group, minlength=len(t) * (int(self.block[-1]) + 1))
             quota = -(-masks // s["left"].repeat_interleave(int(self.block[-1]) + 1))
             commit = choose(Sampler(), torch.stack([group, where[1]], dim=1), confidence, entropy, quota, generator)
+            commit |= confidence > s["threshold"][where[0]]
             s["masked"] = masked.index_put(where, ~commit)
             s["left"] = (s["left"] - 1).clamp(min=1)
         return loss

@@ -27,7 +27,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -93,17 +92,14 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write our own tokenizer.json or copy the hub's files byte for byte; each file appears whole or not at all."""
+        from rcd import write_atomic  # here, because reading a tokenizer needs no torch
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {path.name: path.read_bytes() for path in self.originals}
         files = files or {"tokenizer.json": json.dumps(self.description()).encode()}
         for name, data in files.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / name)
+            write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
         if "tokenizer.json" not in files:
             (folder / "tokenizer.json").unlink(missing_ok=True)  # one left by another tokenizer would be read first
 
