@@ -1,14 +1,14 @@
 """Fill the masks of a canvas and watch it: `python sample.py --steps 8`.
 
-What is filled: --prompt is continued, or, where it has masks, completed: "_" and "." stand for one mask each in a vocabulary of characters that
-has no such character (puzzles are typed cell by cell, white space does not matter), elsewhere the character that --infill names. Without
---prompt a model that was trained on examples gets new ones from its data set, drawn with --seed, and its answers are checked.
+What is filled: --prompt is continued, or completed where it has masks. "_" and "." stand for one mask each in a vocabulary of characters
+that has no such character (so a puzzle is typed cell by cell, white space does not matter), elsewhere what --infill names does. Without
+--prompt, a model that was trained on examples gets new ones from its data set, drawn with --seed, and its answers are checked.
 
-What is seen: tokens in the colour of the step that committed them, the newest inverted, masks shaded by alpha, the weight of the residual
+What is seen: tokens in the colour of the step that committed them, the newest inverted; masks shaded by alpha, the weight of the residual
 that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it is one line of text per step.
 
---eval measures accuracy against forward passes instead: --eval=NAME (a data set) or --eval=FILE (a puzzle per line: the canvas with "_" for
-the cells to fill, white space, its solution).
+--eval measures accuracy against forward passes instead, on --eval=NAME (a data set) or on --eval=FILE (a puzzle per line: the canvas with
+"_" for the cells to fill, white space, its solution).
 """
 
 import argparse
@@ -126,7 +126,8 @@ class Setting(typing.NamedTuple):
     residual: Residual
 
 
-def evaluate(settings: list[Setting], dataset: "data.Dataset", split: str, limit: int, batch: int, dtype: torch.dtype, seed: int = 0) -> list[dict]:
+def evaluate(settings: list[Setting], dataset: "data.Dataset", split: str, limit: int, batch: int, dtype: torch.dtype,
+             seed: int = 0) -> list[dict]:  # fmt: skip
     """Accuracy against forward passes: fill the first `limit` canvases of a split under every setting, one dict per setting.
 
     A dict holds label, rule, value (steps or threshold), accuracy (by the data set's own check), nfe (mean forward passes of a canvas),
@@ -161,9 +162,9 @@ def evaluate(settings: list[Setting], dataset: "data.Dataset", split: str, limit
 
 def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer | None, sampler: Sampler, residual: Residual, tokens: float,
           steps: list[int] | None = None, thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
-    """The settings of an accuracy-against-NFE table: SeqD (None leaves it out), RCD from a cold start and, with a reference, from a warm one.
+    """The settings of an accuracy-against-NFE table: SeqD (None leaves it out), RCD from a cold start and, given a reference, a warm one.
 
-    Each over step budgets (default: a few low ones, and 8, 5, 3, 2 and 1 of the `tokens` to fill per step) and over thresholds. No budget is
+    Each over step budgets (default: a few low ones, and 8, 5, 3, 2, 1 of the `tokens` to fill per step) and over thresholds. No budget is
     below `blocks`, the most blocks that a canvas can have (default: what fits into the longest canvas).
     """
     block = sampler.block_size or target.config.block_size
@@ -179,7 +180,7 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
 
 
 def interval(correct: list[bool]) -> tuple[float, float]:
-    """95 % bootstrap interval of an accuracy. Of n items drawn with replacement, Binomial(n, accuracy) are right: no need to draw one by one."""
+    """95 % bootstrap interval of an accuracy. Of n items drawn with replacement Binomial(n, accuracy) are right; that is drawn."""
     draws = np.random.default_rng(0).binomial(len(correct), np.mean(correct), 10_000) / len(correct)
     return tuple(np.percentile(draws, (2.5, 97.5)))
 
@@ -188,12 +189,13 @@ def table(rows: list[dict]) -> str:
     """The rows of evaluate() as an aligned table, which is Markdown too."""
     cells = [("model", "rule", "accuracy (95 % interval)", "NFE", "tokens per step")]
     for r in rows:
-        low, high = interval(r["correct"])
         rule = f"threshold {r['value']:g}" if r["rule"] == "threshold" else f"{r['rule']}, {r['value']} step{'s' * (r['value'] != 1)}"
-        cells.append((r["label"], rule, f"{r['accuracy']:6.1%} ({low:.1%} to {high:.1%})", f"{r['nfe']:.2f}", f"{r['tokens_per_step']:.2f}"))
+        accuracy = "{:6.1%} ({:.1%} to {:.1%})".format(r["accuracy"], *interval(r["correct"]))
+        cells.append((r["label"], rule, accuracy, f"{r['nfe']:.2f}", f"{r['tokens_per_step']:.2f}"))
     widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, tuple("-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)))  # numbers are aligned on the right
-    return "\n".join("| " + " | ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells)
+    cells.insert(1, tuple("-" * (w - right) + ":" * right for w, right in zip(widths, (0, 0, 0, 1, 1))))  # two columns aligned on the right
+    rows = [[c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot(rows: list[dict], path: str | Path, title: str) -> None:
@@ -206,10 +208,10 @@ def plot(rows: list[dict], path: str | Path, title: str) -> None:
     axes, labels = figure.subplots(), list(dict.fromkeys(r["label"] for r in rows))
     for label, rule in dict.fromkeys((r["label"], r["rule"]) for r in rows):
         curve = sorted((r for r in rows if (r["label"], r["rule"]) == (label, rule)), key=lambda r: r["nfe"])
-        y = np.array([r["accuracy"] for r in curve])
-        error = np.abs(np.array([interval(r["correct"]) for r in curve]).T - y)  # (2, n)
+        x, y = np.array([(r["nfe"], 100 * r["accuracy"]) for r in curve]).T
+        error = np.abs(100 * np.array([interval(r["correct"]) for r in curve]).T - y)  # (2, n)
         style = dict(marker="o", linestyle="-") if rule == "threshold" else dict(marker="s", linestyle="--", markerfacecolor="none")
-        axes.errorbar([r["nfe"] for r in curve], 100 * y, 100 * error, color=f"C{labels.index(label)}", capsize=2, label=f"{label}, {rule}", **style)
+        axes.errorbar(x, y, error, color=f"C{labels.index(label)}", capsize=2, label=f"{label}, {rule}", **style)
     axes.set(title=title, xlabel="forward passes per canvas (NFE)", ylabel="accuracy in %, with 95 % bootstrap interval")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -313,15 +315,14 @@ class Puzzles(data.Dataset):
     @classmethod
     def read(cls, path: str, loaded: zoo.Loaded, task: data.Dataset) -> "Puzzles":
         """Raises ValueError that names the first line which is no such pair."""
-        rows = []
+        rows, mask = [], task.mask_id
         for number, line in enumerate(read_text(path, "puzzles").splitlines(), 1):
             pair = [encode(part, loaded) for part in line.split()]
             rows += [pair] if pair else []
-            sizes = {len(ids) for ids in (*pair, *rows[0])} if rows else {0}
-            if pair and (len(pair) != 2 or len(sizes) > 1 or task.mask_id in pair[1] or any(g not in (task.mask_id, s) for g, s in zip(*pair))):
+            fits = len(pair) == 2 and len({len(ids) for ids in (*pair, *rows[0])}) == 1
+            if pair and not (fits and all(s != mask and g in (mask, s) for g, s in zip(*pair))):
                 raise ValueError(f"{path}, line {number}: expected a canvas with _ for the cells to fill, a space, and its solution")
-        meta = {**task.meta, "name": path}
-        return cls(task.folder, meta, task.tokenizer, task.check, task.layout, np.array(rows).transpose(1, 0, 2))
+        return cls(task.folder, task.meta, task.tokenizer, task.check, task.layout, np.array(rows).transpose(1, 0, 2))
 
 
 def read_prompt(prompt: str) -> str:
@@ -350,13 +351,13 @@ def canvases(o: Options, loaded: zoo.Loaded, task: data.Dataset, block_size: int
     c, grid = loaded.model.config, task.layout is not str
     if not o.prompt and task.check:
         tokens, response = examples(loaded, task.name, o.num_samples, o.seed)
-        return torch.from_numpy(tokens).masked_fill(torch.from_numpy(response), c.mask_id), torch.full((len(tokens),), tokens.shape[1]), tokens
+        return torch.from_numpy(np.where(response, c.mask_id, tokens)), torch.full((len(tokens),), tokens.shape[1]), tokens
     text = read_prompt(o.prompt)
     ids, length = encode(text, loaded, o.infill), loaded.meta.get("length") or c.max_len
     if not ids and (grid or c.logit_shift or loaded.template):
         raise ValueError("the prompt is empty, and this model needs one: --prompt=TEXT, a file, or - for stdin")
     if grid and (len(ids) != length or c.mask_id not in ids):
-        raise ValueError(f"the prompt has {len(ids)} cells, {ids.count(c.mask_id)} of them to fill (_): a canvas of this model has {length}")
+        raise ValueError(f"the prompt has {len(ids)} cells, {ids.count(c.mask_id)} to fill (_): a canvas of this model has {length}")
     if c.mask_id in ids:
         return torch.tensor([ids] * o.num_samples), torch.full((o.num_samples,), len(ids)), None
     if loaded.template:
@@ -364,7 +365,7 @@ def canvases(o: Options, loaded: zoo.Loaded, task: data.Dataset, block_size: int
     block = (block_size or c.block_size) if c.block_size else 1
     room = length // block * block - len(ids)
     if room < max(o.max_new, 1):
-        raise ValueError(f"the prompt of {len(ids)} tokens leaves room for {max(room, 0)} more in a canvas of {length}: shorten it, or lower --max_new")
+        raise ValueError(f"a prompt of {len(ids)} tokens leaves room for {max(room, 0)} in a canvas of {length}: shorten it, or --max_new")
     return *canvas_for(c, [ids] * o.num_samples, o.max_new or min(room, 256), block_size), None
 
 
@@ -380,8 +381,9 @@ class Trace:
     """One row of a canvas under one setting, as the viewers read it: what each position holds, since which step, what every step saw."""
 
     def __init__(self, label: str, loaded: zoo.Loaded, ids: list[int]):
-        self.label, self.tokenizer, self.ends, self.mask_id = label, loaded.tokenizer, loaded.model.config.eos_ids, loaded.model.config.mask_id
-        self.ids, self.open, self.nfe = ids, [i == self.mask_id for i in ids], 0  # open: to be filled
+        self.label, self.tokenizer, self.nfe = label, loaded.tokenizer, 0
+        self.ends, self.mask_id = loaded.model.config.eos_ids, loaded.model.config.mask_id
+        self.ids, self.open = ids, [i == self.mask_id for i in ids]  # open: to be filled
         self.born, self.alpha = [0] * len(ids), [0.0] * len(ids)  # the step that committed a position, and its last alpha
         self.steps: list[list[tuple[int, float, float]]] = []  # of each step: (position, confidence, alpha) wherever it looked
 
@@ -406,7 +408,7 @@ class Trace:
 
 
 def glyphs(text: str, newline: str) -> list[str]:
-    """What can be sent to a terminal, one string per character: combining marks go with the one before, whatever could steer it is replaced."""
+    """What can be sent to a terminal, a string per character: combining marks join the one before, whatever could steer it is replaced."""
     out = []
     for c in text:
         if c == "\n":
@@ -425,7 +427,8 @@ class Terminal:
 
     def __init__(self, traces: list[Trace], layout: Callable[[str], str], plain: bool, budget: int):
         (columns, self.rows), cells = shutil.get_terminal_size(), len(traces[0].ids)
-        self.traces, self.plain, self.budget, self.height, self.drawn = traces, plain, budget, 0, 0.0
+        self.traces, self.plain, self.height, self.drawn = traces, plain, 0, 0.0
+        self.budget = min(budget, sum(traces[0].open))
         self.width = max(8, (columns - 4 - 3 * (len(traces) - 1)) // len(traces))  # of a panel
         self.flat = "".join(map(chr, range(CELL, CELL + cells)))
         self.layout, self.scroll = layout(self.flat), plain or layout is str and cells <= self.width
@@ -470,7 +473,7 @@ class Terminal:
         if len(body) > room and not last:  # too high for the screen: show where the first mask is
             masked = next((i for i, line in enumerate(body) if GREY in line), len(body))
             body = body[max(0, min(masked - room // 2, len(body) - room)) :][:room]
-        status = [f"{t.label}: step {len(t.steps)}, {t.ids.count(t.mask_id)} to fill"[: self.width] for t in self.traces]
+        status = [f"{t.label} step {len(t.steps)}, {t.ids.count(t.mask_id)} left"[: self.width] for t in self.traces]
         body += ["", " │ ".join(text.ljust(self.width) for text in status)]
         print((f"\x1b[{self.height}F" if self.height else "") + "\n".join(f"    {line}\x1b[K" for line in body) + "\x1b[J", flush=True)
         self.height = len(body)
@@ -486,30 +489,35 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Residual Context Diffusion, step by step</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c1f23; --paper: #f7f7f5; --card: #fff; --line: #d9dce0; --quiet: #646b73; --l: 48%; --none: 91%; --all: 52% }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15171a; --card: #1d2024; --line: #363b41; --quiet: #98a0a8; --l: 78%; --none: 34%; --all: 70% } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+body { --ink: #1c1f23; --paper: #f7f7f5; --card: #fff; --line: #d9dce0; --quiet: #646b73; --l: 48%; --none: 91%; --all: 52% }
+@media (prefers-color-scheme: dark) {
+  body { --ink: #e6e8ea; --paper: #15171a; --card: #1d2024; --line: #363b41; --quiet: #98a0a8; --l: 78%; --none: 34%; --all: 70% }
+}
+:root { color-scheme: light dark }
+body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--paper); color: var(--ink); font: 15px/1.5 sans-serif }
 h1, h2 { font-size: 1.05rem; margin: 0 } p { margin: .3rem 0; color: var(--quiet) }
-header { position: sticky; top: 0; padding: .75rem 0; background: var(--paper); display: flex; flex-wrap: wrap; gap: .75rem 1rem; align-items: center }
-button { font: inherit; width: 5.5rem; padding: .3rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--card); color: inherit }
+header { position: sticky; top: 0; padding: .75rem 0; background: var(--paper); display: flex; flex-wrap: wrap; gap: 1rem }
+header > * { align-self: center }
+button, section { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); color: inherit; font: inherit }
+button { width: 5.5rem; padding: .3rem } section { padding: 1rem 1.25rem }
 input { flex: 1 } #ramp { display: inline-block; width: 7rem; height: .7em; border-radius: .3em } #info { min-height: 1.5em }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 1rem 1.25rem }
-.canvas { margin-top: .75rem; font: 16px/1.7 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+.canvas { margin-top: .75rem; font: 16px/1.7 ui-monospace, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 .grid { font-size: 1.4rem } .grid b, .grid i { display: inline-block; width: 1.8em; margin: .1em; text-align: center }
 b, i { font-style: normal; font-weight: inherit; border-radius: .2em } b:hover, i:hover { outline: 2px solid var(--quiet) }
-b.done { color: oklch(var(--l) .16 var(--hue)); font-weight: 600 } b.new { background: color-mix(in oklch, currentColor 25%, transparent) }
+b.done { color: oklch(var(--l) .16 var(--hue)); font-weight: 600 } b.new { background: color-mix(in srgb, currentColor 25%, #0000) }
 i { background: oklch(calc(var(--none) + var(--alpha) * (var(--all) - var(--none))) .01 250); color: transparent; margin: 0 1px }
 </style>
-<header><h1>Residual Context Diffusion, step by step</h1><button></button><input type="range" min="0" aria-label="step"><output></output></header>
-<p>Committed at the first <span id="ramp"></span> last step, just now if on a tint. Masks stand out the more, the more residual they carry (alpha).
-Point at a position to see its numbers.</p><p id="info"></p><main></main>
+<header><h1>Residual Context Diffusion, step by step</h1>
+<button></button><input type="range" min="0" aria-label="step"><output></output></header>
+<p>Committed at the first <span id="ramp"></span> last step, just now if on a tint. Masks stand out the more, the more residual they
+carry (alpha). Point at a position to see its numbers.</p><p id="info"></p><main></main>
 <script>
-const data = /*DATA*/, last = Math.max(...data.map(p => p.steps.length)), hue = f => 265 * (1 - f), $ = name => document.querySelector(name);
-const add = (parent, tag, text, name = "") => Object.assign(parent.appendChild(document.createElement(tag)), {textContent: text, className: name});
-const slider = $("input"), colours = [...Array(12).keys()].map(k => `oklch(var(--l) .16 ${hue(k / 11)})`);
+const data = /*DATA*/, last = Math.max(...data.map(p => p.steps.length)), hue = f => 265 * (1 - f);
+const $ = name => document.querySelector(name), slider = $("input");
+const add = (to, tag, text, name = "") => Object.assign(to.appendChild(document.createElement(tag)), {textContent: text, className: name});
 let timer = 0;
-$("#ramp").style.background = `linear-gradient(90deg, ${colours})`;
+$("#ramp").style.background = `linear-gradient(90deg, ${[...Array(12).keys()].map(k => `oklch(var(--l) .16 ${hue(k / 11)})`)})`;
 for (const p of data) {
   const box = add($("main"), "section", "");
   add(box, "h2", p.label);
@@ -525,7 +533,8 @@ function show(step) {
       const born = p.born[i], masked = p.open[i] && !(born && born <= now), [j, confidence, alpha] = seen[i] || [0, 0, 0];
       if (typeof i == "string") { p.canvas.append(i); continue; }
       if (masked && !born && now == total) continue; // behind the end
-      const cell = add(p.canvas, masked ? "i" : "b", masked ? "0" : p.text[i], p.open[i] && !masked ? (born == now ? "done new" : "done") : "");
+      const kind = !p.open[i] || masked ? "" : born == now ? "done new" : "done";
+      const cell = add(p.canvas, masked ? "i" : "b", masked ? "0" : p.text[i], kind);
       cell.style.setProperty("--alpha", alpha);
       cell.style.setProperty("--hue", hue((born - 1) / Math.max(1, total - 1)));
       cell.title = !p.open[i] ? "given" : !j ? "masked" : masked ? `masked: confidence ${confidence} at step ${j}, alpha ${alpha}`
@@ -533,11 +542,14 @@ function show(step) {
       cell.onmouseenter = cell.onclick = () => $("#info").textContent = `${p.label}, position ${i}: ${cell.title}`;
     }
   }
-  slider.value = step; $("output").textContent = `step ${step} of ${last}`; history.replaceState(null, "", `#step=${step}`);
+  slider.value = step;
+  $("output").textContent = `step ${step} of ${last}`;
+  history.replaceState(null, "", `#step=${step}`);
 }
 function play(on) {
   clearInterval(timer);
-  timer = on && setInterval(() => { show(+slider.value + 1); if (+slider.value == last) play(0); }, Math.min(600, Math.max(60, 9000 / last)));
+  const tick = () => { show(+slider.value + 1); if (+slider.value == last) play(0); };
+  timer = on && setInterval(tick, Math.min(600, Math.max(60, 9000 / last)));
   $("button").textContent = on ? "Pause" : "Play";
 }
 $("button").onclick = () => { if (!timer && +slider.value == last) show(0); play(!timer); };
@@ -549,14 +561,15 @@ play(0); onhashchange();
 
 
 def page(traces: list[Trace], stats: list[str], layout: Callable[[str], str]) -> str:
-    """The run as one page without outside resources. What a model or a user wrote travels as JSON and is shown as text, never read as HTML."""
+    """The run as a page that needs nothing else. What a model or a user wrote travels as JSON and is shown as text, never read as HTML."""
     panels = []
     for t, numbers in zip(traces, stats):
         placed = layout("".join(map(chr, range(CELL, CELL + len(t.ids)))))
         placed = placed if layout is str else placed.replace(" ", "")  # the page spaces a grid's cells by itself
         panels.append({
             "label": t.label, "stats": numbers, "grid": layout is not str, "born": t.born, "open": t.open,
-            "text": ["".join(glyphs(piece, "↵\n")) for piece in t.pieces()], "layout": [c if c < chr(CELL) else ord(c) - CELL for c in placed],
+            "text": ["".join(glyphs(piece, "↵\n")) for piece in t.pieces()],
+            "layout": [c if c < chr(CELL) else ord(c) - CELL for c in placed],
             "steps": [[(i, round(c, 3), round(a, 3)) for i, c, a in step] for step in t.steps],
         })  # fmt: skip
     return PAGE.replace("/*DATA*/", json.dumps(panels).replace("<", "\\u003c"))
@@ -570,8 +583,10 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
     """Fill the canvases under every setting, a step of each in turn; show them, write the page, and end with the numbers."""
     canvas, lengths, solutions = canvases(o, loaded, task, settings[0].sampler.block_size)
     plain = o.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    traces = [[Trace(s.label + f" {i + 1}" * (len(canvas) > 1), loaded, canvas[i, : lengths[i]].tolist()) for i in range(len(canvas))] for s in settings]
-    seconds = [0.0] * len(settings)
+    traces, seconds = [], [0.0] * len(settings)
+    for s in settings:
+        names = [f"{s.label} {i + 1}" if len(canvas) > 1 else s.label for i in range(len(canvas))]
+        traces.append([Trace(name, loaded, ids[:n]) for name, ids, n in zip(names, canvas.tolist(), lengths.tolist())])
     for start in range(0, len(canvas), o.batch_size):
         rows = slice(start, start + o.batch_size)
         runs = [denoise(s.model, canvas[rows].to(device), s.sampler, s.residual, lengths=lengths[rows], reference=s.reference,
@@ -628,14 +643,17 @@ def main() -> None:
         if dataset.check is None:
             raise ValueError(f"data set {o.eval} has no right answers to count")
         response, block = dataset.response("test")[: o.limit], sampler.block_size or loaded.model.config.block_size
-        settings = sweep(control.model, loaded.model, warm, sampler, residual, float(response.sum(1).mean()), blocks=-(-response.shape[1] // (block or 10**9)))
+        tokens, blocks = float(response.sum(1).mean()), -(-response.shape[1] // block) if block else 1
+        settings = sweep(control.model, loaded.model, warm, sampler, residual, tokens, blocks=blocks)
         rows = evaluate(settings, dataset, "test", o.limit, 8 * o.batch_size, dtype, o.seed)
         print(table(rows))
         if o.plot:
             plot(rows, o.plot, f"{o.model} on {o.eval}")
     elif o.compare:
-        seqd = Setting(f"SeqD ({'same weights' if control is loaded else 'reference'})", control.model, None, replace(sampler, carry="none"), residual)
-        watch(o, [seqd, Setting("RCD", loaded.model, warm, replace(sampler, carry="residual"), residual)], loaded, task, device, dtype)
+        label = f"SeqD ({'same weights' if control is loaded else 'reference'})"
+        settings = [Setting(label, control.model, None, replace(sampler, carry="none"), residual),
+                    Setting("RCD", loaded.model, warm, replace(sampler, carry="residual"), residual)]  # fmt: skip
+        watch(o, settings, loaded, task, device, dtype)
     else:
         watch(o, [Setting("RCD" if rcd else "SeqD", loaded.model, warm, sampler, residual)], loaded, task, device, dtype)
 

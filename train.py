@@ -81,7 +81,7 @@ class Shape:
 
 
 PRESETS = {  # what a 0 above stands for: the first runs in minutes on a laptop's CPU, the second in about as long on one GPU
-    "cpu": {"base_steps": 1200, "steps": 1000, "batch_size": 128, "lr": 1e-3, "eval_every": 100, "n_layer": 4, "n_head": 4, "d_model": 128, "head_dim": 32, "length": 64},
+    "cpu": {"base_steps": 1000, "steps": 700, "batch_size": 128, "lr": 1e-3, "eval_every": 100, "n_layer": 4, "n_head": 4, "d_model": 128, "head_dim": 32, "length": 64},
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500, "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }
 
@@ -361,7 +361,8 @@ def main() -> None:
         meta = {
             "data": dataset.name, "data_command": dataset.meta["command"], "length": length, "stage": stage, "recipe": o.recipe if stage == "target" else "masked", "command": command(), "seed": o.seed,
             "reference": (o.reference or "../reference") if stage == "target" else None, "options": asdict(o) | asdict(shape) | asdict(residual), "torch": torch.__version__,
-            "device": str(device), "dtype": str(dtype)[6:], "residual": asdict(residual), "sampler": {"start": "cold"},
+            "device": str(device), "dtype": str(dtype)[6:], "residual": asdict(residual),
+            "sampler": {"rule": "threshold", "threshold": 0.95},
         }  # fmt: skip
         train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, device, dtype, meta)
     if o.stage in ("target", "all") and dataset.check is not None and o.test_items:
