@@ -1,0 +1,289 @@
+"""Download and upload through huggingface_hub against a hub on this machine: the few HTTP routes that it uses, in one small server."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+import rcd
+import zoo
+from zoo.__main__ import main
+from zoo.hub import download, push_to_hub
+from zoo.tokenizer import bytes_tokenizer
+
+SHA = {"main": "a" * 40, "v1": "b" * 40}
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as dictionaries: repos[id][commit] = {path: bytes}; requests and created repositories are recorded."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Routes)
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.fetched: list[str] = []
+        self.created: list[dict] = []
+        self.large: dict[str, bytes] = {}  # LFS objects by sha256
+        self.tamper = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Routes(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self, body: bytes | dict | list = b"", status: int = 200, **headers: str) -> None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def missing(self, code: str) -> None:
+        self.answer({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            repo, revision = found[1], SHA.get(found[2] or "main", found[2])
+            if repo not in self.server.repos:
+                return self.missing("RepoNotFound")
+            if revision not in self.server.repos[repo]:
+                return self.missing("RevisionNotFound")
+            files = [{"rfilename": name} for name in self.server.repos[repo][revision]]
+            return self.answer({"id": repo, "modelId": repo, "sha": revision, "siblings": files, "private": False, "tags": []})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
+            files = self.server.repos.get(found[1], {}).get(SHA.get(found[2], found[2]), {})
+            return self.answer([{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()])
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            repo, revision, name = found[1], SHA.get(found[2], found[2]), found[3]
+            data = self.server.repos.get(repo, {}).get(revision, {}).get(name)
+            if data is None:
+                return self.missing("EntryNotFound")
+            if self.command == "GET":
+                self.server.fetched.append(name)
+                if self.server.tamper:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2])
+                    return self.close_connection_now()
+            return self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=revision)
+        self.missing("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def close_connection_now(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+
+    def do_PUT(self) -> None:
+        self.server.large[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        if path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            name = "/".join(filter(None, (self.server.created[-1].get("organization"), self.server.created[-1]["name"])))
+            self.server.repos.setdefault(name, {SHA["main"]: {}})
+            return self.answer({"url": f"{self.server.url}/{name}"})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
+            files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            return self.answer({"files": files})
+        if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.server.url}/put/{o['oid']}", "header": {}}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            files = self.server.repos[found[1]][SHA["main"]]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = self.server.large[value["oid"]]
+            return self.answer(
+                {"commitUrl": f"{self.server.url}/{found[1]}/commit/{SHA['main']}", "commitOid": SHA["main"], "success": True}
+            )
+        self.missing("EntryNotFound")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running hub, which huggingface_hub takes for the real one, and an empty cache."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def folder_of(path: Path, seed: int = 0, vocab_size: int = 258) -> Path:
+    """A tiny SDAR in the hub's layout, made without transformers."""
+    model = rcd.Transformer(
+        rcd.Config(vocab_size=vocab_size, mask_id=257, n_layer=1, d_model=16, d_ff=16, n_head=2, n_kv_head=1, head_dim=8, tied=False)
+    )
+    path.mkdir(parents=True)
+    tensors = {
+        n if n.startswith("lm_head") else f"model.{n}": t
+        for n, t in model.init_weights(torch.Generator().manual_seed(seed)).state_dict().items()
+    }
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "sdar", "vocab_size": vocab_size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16, "max_position_embeddings": 64, "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "mask_token_id": 257, "hidden_act": "silu"}))  # fmt: skip
+    bytes_tokenizer(["<eos>", "<mask>"]).save(path)
+    return path
+
+
+def publish(hub: Hub, repo: str, folder: Path, revision: str = "main", **more: bytes) -> None:
+    hub.repos.setdefault(repo, {})[SHA[revision]] = {p.name: p.read_bytes() for p in folder.iterdir()} | more
+
+
+def is_private(created: dict) -> bool:
+    return created["visibility"] == "private" if "visibility" in created else created["private"]  # by the version of huggingface_hub
+
+
+def test_a_hub_id_loads_and_is_downloaded_once(hub, tmp_path):
+    source = folder_of(tmp_path / "source")
+    unwanted = {"modeling_sdar.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"hello", "onnx/config.json": b"{}",
+                "original/model.safetensors": b"", "training_args.bin": b"x", "run.sh": b"x"}  # fmt: skip
+    publish(hub, "JetLM/SDAR-tiny-Chat-b16", source, **unwanted)
+    loaded = zoo.load("JetLM/SDAR-tiny-Chat-b16")
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert loaded.model.config.block_size == 16, "the block is in the repository's name, not the folder's"
+    assert torch.equal(loaded.model.embedding, zoo.load(source).model.embedding)
+    zoo.load("JetLM/SDAR-tiny-Chat-b16")
+    assert len(hub.fetched) == 3
+    hub.shutdown()
+    hub.server_close()
+    assert torch.equal(zoo.load("JetLM/SDAR-tiny-Chat-b16").model.embedding, loaded.model.embedding)  # offline, from the cache
+
+
+def test_a_pinned_revision(hub, tmp_path):
+    for seed, revision in enumerate(SHA):
+        publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / revision, seed), revision)
+    new, old = zoo.load("JetLM/SDAR-tiny").model, zoo.load("JetLM/SDAR-tiny@v1").model
+    assert not torch.equal(new.embedding, old.embedding)
+    assert torch.equal(old.embedding, zoo.load(tmp_path / "v1").model.embedding)
+    assert download("JetLM/SDAR-tiny", SHA["v1"]) == download("JetLM/SDAR-tiny@v1")
+    with pytest.raises(ValueError, match="two revisions of JetLM/SDAR-tiny: v1 and main"):
+        download("JetLM/SDAR-tiny@v1", "main")
+
+
+@pytest.mark.parametrize("name, match", [("nobody/nothing",
+    "cannot get nobody/nothing from the hub: .* on this machine there are: none yet"), ("JetLM/SDAR-tiny@v9", "at revision v9"),
+                                         ("JetLM/--", "cannot get")])  # fmt: skip
+def test_what_is_not_there(hub, tmp_path, name, match):
+    publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"))
+    with pytest.raises(FileNotFoundError, match=match) as caught:
+        zoo.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_download_that_breaks_off(hub, tmp_path, monkeypatch):
+    publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the retries
+    hub.tamper = True
+    with pytest.raises(FileNotFoundError, match="cannot get JetLM/SDAR-tiny"):
+        zoo.load("JetLM/SDAR-tiny")
+    hub.tamper = False
+    zoo.load("JetLM/SDAR-tiny")  # nothing half-fetched stands in the way
+
+
+def test_a_repository_without_a_model(hub):
+    hub.repos["JetLM/empty"] = {SHA["main"]: {"README.md": b"soon"}}
+    with pytest.raises(FileNotFoundError, match="it has no config.json"):
+        zoo.load("JetLM/empty")
+
+
+def test_download_command(hub, tmp_path):
+    """In a process of its own, with HF_ENDPOINT and HF_HUB_CACHE from the environment, as a user would."""
+    publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"), "v1")
+    run = [sys.executable, "-m", "zoo", "download", "JetLM/SDAR-tiny", "--revision"]
+    root = Path(zoo.__file__).parent.parent
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([*run, "v1"], capture_output=True, text=True, cwd=root, env=env)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "elsewhere") and Path(done.stdout.strip(), "model.safetensors").is_file()
+    done = subprocess.run([*run, "v2"], capture_output=True, text=True, cwd=root, env=env)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: cannot get JetLM/SDAR-tiny at revision v2") and done.stderr.count("\n") == 1
+    )
+
+
+def test_push_and_load_again(hub, tmp_path):
+    folder = folder_of(tmp_path / "mine")
+    (folder / "README.md").write_text("# my model\n")
+    for secret in ("state.safetensors", "log.jsonl", "notes.txt", "optimizer.pt"):
+        (folder / secret).write_bytes(b"private")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/config.json").write_text("{}")
+    url = push_to_hub(folder, "me/RCD-SDAR-tiny-b8")
+    assert url.startswith(hub.url + "/me/RCD-SDAR-tiny-b8/commit/")
+    assert is_private(hub.created[0]) and {*hub.repos["me/RCD-SDAR-tiny-b8"][SHA["main"]]} == {
+        "README.md", "config.json", "model.safetensors", "tokenizer.json"}  # fmt: skip
+    for name, data in hub.repos["me/RCD-SDAR-tiny-b8"][SHA["main"]].items():
+        assert (folder / name).read_bytes() == data
+    loaded = zoo.load("me/RCD-SDAR-tiny-b8")
+    assert loaded.defaults["carry"] == "residual" and loaded.model.config.block_size == 8
+    zoo.push_to_hub(folder, "me/public", private=False)
+    assert not is_private(hub.created[1])
+
+
+def test_push_refuses_what_is_no_model(hub, tmp_path):
+    folder = folder_of(tmp_path / "mine")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-5])
+    with pytest.raises(ValueError, match="is damaged"):
+        push_to_hub(folder, "me/x")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        push_to_hub(folder, "me/x")
+    with pytest.raises(FileNotFoundError, match="it has no config.json"):
+        push_to_hub(tmp_path, "me/x")
+    assert not hub.created
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(OSError, match="cannot upload .* to bad//name"):
+        push_to_hub(folder, "bad//name")
+
+
+def test_info_of_an_unknown_name_is_one_line(hub, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["info", "nobody/nothing"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

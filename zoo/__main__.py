@@ -1,0 +1,132 @@
+"""`python -m zoo list | info NAME | download NAME [--revision REV] | check FOLDER`: what models there are, and whether a folder is one."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import zoo
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def show_list() -> None:
+    """The models that are known by name, and those on this machine."""
+    from zoo.families import FAMILIES
+
+    known = [(name, f.name, *facts, "see model card") for f in FAMILIES for name, facts in f.models.items()]
+    print(table([("id", "family", "parameters", "block", "mask", "licence"), *known]))
+    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and names that end in -bN with another block.")
+    if zoo.names():
+        print("\non this machine:\n" + table([(name, str(folder)) for name, folder in zoo.names().items()]))
+
+
+def describe(folder: Path) -> None:
+    """Family, architecture, template and defaults of a folder, from its JSON files."""
+    from zoo import checkpoint, tokenizer
+
+    values = zoo.read_json(folder / "config.json")
+    print(f"folder    {folder}")
+    if values.pop("model_type", None) == "rcd":
+        print("family    this project's own run")
+        print("config    " + ", ".join(f"{k}={v}" for k, v in values.items()))
+        return
+    try:
+        tokens = tokenizer.load(folder)
+    except FileNotFoundError:
+        tokens = None
+    plan = checkpoint.plan_for(folder, tokens)
+    print(f"family    {plan.family}")
+    print("config    " + ", ".join(f"{k}={v}" for k, v in asdict(plan.config).items()))
+    print(f"template  {plan.template or 'none: plain text'}")
+    print("sampler   " + ", ".join(f"{k}={v}" for k, v in plan.defaults.items()))
+    names = {} if tokens is None else {i: n for n, i in tokens.specials.items()}
+    for what, ids in {"mask": [plan.config.mask_id], "end": plan.config.eos_ids, "pad": [plan.config.pad_id]}.items():
+        print(f"{what:10s}" + ", ".join(f"{i} {names.get(i, '')}".strip() for i in ids))
+    there = "no tokenizer in the folder" if tokens is None else f"{tokens.vocab_size:,} ids"
+    print(f"tokens    {there}, {plan.config.vocab_size:,} rows")
+    for note in plan.notes:
+        print(f"note      {note}")
+
+
+def info(name: str) -> None:
+    """What is known about a name; nothing is downloaded but, for an unknown hub id, its JSON."""
+    from zoo.families import FAMILIES
+
+    for f in FAMILIES:
+        if name.partition("@")[0] in f.models and not Path(name).is_dir():
+            parameters, block, mask = f.models[name.partition("@")[0]]
+            print(f"{name}: {f.name}, {parameters} parameters, block {block}, mask id {mask}, licence: see model card")
+            print((sys.modules[f.plan.__module__].__doc__ or "").strip())
+            return
+    describe(zoo.find(name))
+
+
+def check(folder: Path) -> None:
+    """Verify a folder from its JSON and the headers of its files; only the one-dimensional tensors are read."""
+    from zoo import checkpoint, tokenizer
+
+    describe(folder)
+    if zoo.read_json(folder / "config.json").get("model_type") == "rcd":
+        model = zoo.load(folder).model
+        print(f"tensors   {len(model.state_dict())}, {sum(p.numel() for p in model.parameters()):,} parameters: all there")
+        return
+    try:
+        tokens = tokenizer.load(folder)
+    except FileNotFoundError:
+        tokens = None
+    found = checkpoint.entries(folder)
+    plan = checkpoint.plan_for(folder, tokens)
+    model, tensors = checkpoint.match(plan, found, str(folder))
+    thin = [n for n in tensors if len(found[n].shape) == 1]
+    bad = [n for n, t in checkpoint.read(found, thin, quiet=True) if not bool(t.isfinite().all())]
+    if bad:
+        raise ValueError(f"{folder}: not a number in {', '.join(bad)}")
+    shapes: dict[tuple, list[str]] = {}
+    for n in tensors:
+        key = ".".join("N" if part.isdigit() else part for part in n.split("."))
+        shapes.setdefault((key, found[n].shape, found[n].dtype), []).append(n)
+    print(table([("tensor", "shape", "dtype", "count"), *((k, str(list(s)), d, str(len(n))) for (k, s, d), n in shapes.items())]))
+    total = sum(checkpoint.nbytes(e) for e in found.values())
+    if (folder / checkpoint.INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        stated = zoo.read_json(folder / checkpoint.INDEX).get("metadata", {}).get("total_size", total)
+        if stated != total:
+            print(f"note      the index says {stated:,} bytes")
+    print(f"{len(tensors)} tensors, {sum(p.numel() for p in model.parameters()):,} parameters, {total:,} bytes: all there")
+    if tokens is None:
+        raise ValueError(f"{folder} has no tokenizer: the weights are complete, but the model cannot be used")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. A mistake is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="models known by name, and those on this machine")
+    commands.add_parser("info", help="what is known about a name").add_argument("name")
+    fetch = commands.add_parser("download", help="fetch a model from the Hugging Face hub into its cache")
+    fetch.add_argument("name")
+    fetch.add_argument("--revision", help="branch, tag or commit [main]")
+    commands.add_parser("check", help="verify a folder without loading it").add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            show_list()
+        elif args.command == "info":
+            info(args.name)
+        elif args.command == "download":
+            from zoo.hub import download
+
+            print(download(args.name, args.revision))
+        elif not args.folder.is_dir():
+            raise FileNotFoundError(f"no folder {args.folder}")
+        else:
+            check(args.folder)
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""dllm-hub's small models: Qwen3-0.6B and Qwen2.5-Coder-0.5B turned into masked (mdlm, bidirectional) or block (bd3lm) diffusion models.
+
+No logit shift. model_type is the same for both kinds: the name tells them apart. bd3lm was trained on blocks of 32 from position 0; the
+authors' sampler pads the prompt on the left to a whole block instead of leaving a part of it in the first block, which we do not.
+Decoding: one token a step, the setting of their results.
+"""
+
+from zoo.family import Family, Plan, Settings, Source, standard_config, standard_name
+
+
+def plan(s: Settings, source: Source) -> Plan:
+    label, qwen3 = source.label.lower(), s.get("model_type").lower() == "a2d-qwen3"
+    kind = next((k for k in ("bd3lm", "mdlm") if k in label), None)
+    if kind is None and s.get("block_size") is None:
+        raise ValueError(f"dllm: the folder's name {source.label!r} must say whether it is mdlm (bidirectional) or bd3lm (blocks of 32)")
+    block = s.integer("block_size", 32 if kind == "bd3lm" else 0, least=0)
+    s.expect("loophole_enabled", False)
+    mask = source.tokenizer.specials.get("<|mask|>") if source.tokenizer else None
+    mask = mask or (151669 if qwen3 else 151665)  # the first id after the original's own
+    config = standard_config(s, source, block_size=block, mask_id=mask, eos_ids=(151645, 151643), pad_id=151643,
+                             qk_norm=qwen3, qkv_bias=not qwen3, head_dim=128 if qwen3 else 0)  # fmt: skip
+    template = "qwen3-no-thinking" if qwen3 else "qwen2.5"
+    return Plan("dllm", config, standard_name, template, {"rule": "static", "block_size": 0 if block else 32, "carry": "none"})
+
+
+FAMILY = Family("dllm", ("a2d-qwen3", "a2d-qwen2"), plan, {
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": ("0.6B", "-", "151669"),
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": ("0.6B", "32", "151669"),
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": ("0.5B", "-", "151665"),
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1": ("0.5B", "32", "151665"),
+})  # fmt: skip
