@@ -52,7 +52,8 @@ class Train:
     seed: int = 1337  # same seed, same machine: same weights to the bit
     device: str = ""  # cuda | mps | cpu; default: the best one found
     dtype: str = ""  # bfloat16 | float32, of the matmuls (weights stay float32); default: bfloat16 where the processor has it
-    compile: bool = False  # torch.compile the training step
+    compile: bool = False  # torch.compile the model
+    remat: bool = False  # activation checkpointing: layers are computed again in backward, less memory for a third more compute
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
@@ -182,10 +183,11 @@ def validate(model: Transformer, draw: Callable, context, device: torch.device, 
 
 
 def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset", folder: Path, length: int, residual: Residual,
-                reference: Transformer | None, device: torch.device, dtype: torch.dtype, meta: dict) -> None:  # fmt: skip
+                reference: Transformer | None, origin: zoo.Loaded | None, device: torch.device, dtype: torch.dtype, meta: dict) -> None:  # fmt: skip
     """Train one stage to its end in its run folder; what is saved is the model, or its moving average if there is one.
 
-    The target learns from the frozen reference if there is one (Algorithm 1), else on its own trajectories.
+    The target learns from the frozen reference if there is one (Algorithm 1), else on its own trajectories. A pretrained model is saved
+    in the layout of its origin, so that what reads the original reads the conversion.
     Raises KeyboardInterrupt after Ctrl-C, everything saved.
     """
     steps = o.base_steps if stage == "base" else o.steps
@@ -207,6 +209,7 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
         write_atomic(log, lambda path: path.write_text(""))
 
     draw, draw_val = batches(dataset, "train", length), batches(dataset, "val", length)
+    model.remat = o.remat
     if o.compile:
         model.compile()
     sampler = Sampler(rule="threshold", threshold=0.85, carry="residual" if stage == "target" else "none")
@@ -273,8 +276,12 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
                 p.copy_(state.ema[name])
     last = json.loads(log.read_text().splitlines()[-1]) if log.stat().st_size else {}
     meta = meta | {"step": state.step, "tokens": state.step * tokens_per_step, "val_loss": last.get("val_loss")}
-    save(model, folder)
-    write_atomic(folder / "train.json", lambda path: path.write_text(json.dumps(meta, indent=1) + "\n"))
+    if origin is None:
+        save(model, folder)
+        write_atomic(folder / "train.json", lambda path: path.write_text(json.dumps(meta, indent=1) + "\n"))
+    else:
+        carry = {"carry": "residual" if stage == "target" else "none"}
+        zoo.save(origin._replace(model=model, defaults=origin.defaults | carry, meta=meta), folder)
     (folder / "state.safetensors").unlink(missing_ok=True)  # train.json marks the end; the moments are of no use after it
     print(f"{stage}: {state.step} steps, {state.step * tokens_per_step:,} tokens -> {folder}")
 
@@ -330,41 +337,45 @@ def main() -> None:
         d_model=shape.d_model, d_ff=-(-shape.d_model * 8 // 3) // 8 * 8, max_len=max(length, 16), block_size=shape.block_size,
     )  # fmt: skip
 
-    def fresh(stage: str) -> Transformer:
-        """The weights that a stage starts from."""
+    def fresh(stage: str) -> tuple[Transformer, zoo.Loaded | None]:
+        """The weights that a stage starts from, and the pretrained model that they are, if they are one."""
         if stage == "base":
-            return Transformer(config).init_weights(torch.Generator().manual_seed(o.seed)).to(device)
+            return Transformer(config).init_weights(torch.Generator().manual_seed(o.seed)).to(device), None
         if o.init_from:
             loaded = zoo.load(o.init_from, device, torch.float32)
             if loaded.tokenizer.fingerprint != dataset.tokenizer.fingerprint:
                 raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={loaded.folder}")
-            return loaded.model
+            if length > loaded.model.config.max_len:
+                raise ValueError(f"canvases of {length} tokens are longer than max_len={loaded.model.config.max_len} of {o.init_from}")
+            own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
+            return loaded.model, None if own else loaded
         if not (root / "base" / "train.json").is_file():
             raise FileNotFoundError(f"{root}/base is not trained yet: --stage=base, or --init_from=MODEL")
-        return load(root / "base", device, torch.float32)
+        return load(root / "base", device, torch.float32), None
 
     def reference() -> Transformer:
         if o.reference:
             return zoo.load(o.reference, device, None).model.requires_grad_(False)
         if not (root / "reference" / "train.json").is_file():
             raise FileNotFoundError(f"{root}/reference is not trained yet: --stage=reference, or --reference=MODEL")
-        return load(root / "reference", device).requires_grad_(False)
+        return zoo.load(root / "reference", device).model.requires_grad_(False)
 
     start = time.perf_counter()
     for stage in stages:
         if o.resume and (root / stage / "train.json").is_file():
             print(f"{stage}: already there, {root / stage}")
             continue
-        model = fresh(stage)
+        model, origin = fresh(stage)
         print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {o.base_steps if stage == 'base' else o.steps} steps of {o.batch_size} canvases")
         frozen = reference() if stage == "target" and o.recipe == "paper" else None
         meta = {
-            "data": dataset.name, "data_command": dataset.meta["command"], "length": length, "stage": stage, "recipe": o.recipe if stage == "target" else "masked", "command": command(), "seed": o.seed,
-            "reference": (o.reference or "../reference") if stage == "target" else None, "options": asdict(o) | asdict(shape) | asdict(residual), "torch": torch.__version__,
-            "device": str(device), "dtype": str(dtype)[6:], "residual": asdict(residual),
-            "sampler": {"rule": "threshold", "threshold": 0.95},
+            "stage": stage, "recipe": o.recipe if stage == "target" else "masked", "command": command(), "seed": o.seed,
+            "data": dataset.name, "data_command": dataset.meta["command"], "length": length, "template": origin and origin.template,
+            "reference": (o.reference or "../reference") if stage == "target" else None, "residual": asdict(residual),
+            "sampler": {"rule": "threshold", "threshold": 0.95}, "options": asdict(o) | asdict(shape) | asdict(residual),
+            "device": str(device), "dtype": str(dtype)[6:], "torch": torch.__version__,
         }  # fmt: skip
-        train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, device, dtype, meta)
+        train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, origin, device, dtype, meta)
     if o.stage in ("target", "all") and dataset.check is not None and o.test_items:
         final_table(o, root, dataset, residual, device, dtype)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} --steps=8")
@@ -382,11 +393,12 @@ def peak_memory(device: torch.device) -> str:
 
 def final_table(o: Train, root: Path, dataset: "data.Dataset", residual: Residual, device: torch.device, dtype: torch.dtype) -> None:
     """SeqD beside RCD over step budgets and thresholds, on test canvases that nothing was chosen by."""
-    target = load(root / "target", device)
-    seqd = load(root / "reference", device) if (root / "reference" / "train.json").is_file() else None
+    target = zoo.load(root / "target", device).model
+    seqd = zoo.load(root / "reference", device).model if (root / "reference" / "train.json").is_file() else None
     warm = seqd if o.recipe == "paper" else None  # a target that never saw a reference's residual has no use for a warm start
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
-    settings = sweep(seqd, target, warm, Sampler(), residual, tokens, thresholds=[0.5, 0.7, 0.85, 0.95, 0.99])
+    blocks = -(-dataset.meta["length"] // (target.config.block_size or dataset.meta["length"]))
+    settings = sweep(seqd, target, warm, Sampler(), residual, tokens, thresholds=[0.5, 0.7, 0.85, 0.95, 0.99], blocks=blocks)
     rows = evaluate(settings, dataset, "test", o.test_items, o.batch_size, dtype, o.seed)
     write_atomic(root / "table.json", lambda path: path.write_text(json.dumps({"command": command(), "seed": o.seed, "rows": rows}) + "\n"))
     print(table(rows))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from data.sudoku import prepare
-from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss, load, mix
+from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss, load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_head=1", "--d_model=32", "--eval_every=2", "--eval_items=2",
@@ -137,6 +137,12 @@ def test_seed_decides(run):
     run("--name=b", "--stage=base", "--seed=1")
     run("--name=c", "--stage=base", "--seed=2")
     assert same(Path("out/a/base"), Path("out/b/base")) and not same(Path("out/a/base"), Path("out/c/base"))
+
+
+def test_checkpointed_activations_change_no_bit(run):
+    run("--name=a", "--stage=base")
+    run("--name=b", "--stage=base", "--remat")
+    assert same(Path("out/a/base"), Path("out/b/base"))
 
 
 def test_conversion_of_another_model(run):
