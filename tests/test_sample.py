@@ -1,0 +1,530 @@
+"""sample.py: what it prints, draws and writes is what denoise() did; mistakes are one line. Models are tiny and random."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rcd
+import sample
+from rcd import Residual, Sampler, denoise
+from zoo import tokenizer as tokenizers
+
+ROOT = Path(__file__).resolve().parents[1]
+PUZZLE = "1_3__6" + "_" * 12 + "4_6123" + "______" + "31_5__"  # 6x6, any digits
+DIGITS = tokenizers.CharTokenizer("123456", ["<mask>"])
+BYTES = tokenizers.bytes_tokenizer(["<eos>", "<mask>"])
+
+
+def save_run(folder: Path, tokenizer, meta: dict, seed: int, **config) -> rcd.Transformer:
+    model = tiny_model(seed, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.specials["<mask>"], **config)
+    rcd.save(model, folder)
+    tokenizer.save(folder)
+    (folder / "train.json").write_text(json.dumps(meta))
+    return model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders under out/: grid (a target with its reference), blocks (block-causal), text (bytes, block-causal too), stream."""
+    out = tmp_path_factory.mktemp("sample") / "out"
+    target, few = {"data": "sudoku", "stage": "target", "reference": "../reference"}, tokenizers.CharTokenizer("\n abcde", ["<mask>"])
+    models = {
+        "grid/target": save_run(out / "grid/target", DIGITS, target, 1, max_len=36),
+        "grid/reference": save_run(out / "grid/reference", DIGITS, {"data": "sudoku", "stage": "reference"}, 2, max_len=36),
+        "blocks": save_run(out / "blocks", DIGITS, {"data": "sudoku", "stage": "target"}, 3, block_size=6, max_len=36),
+        "text": save_run(out / "text", BYTES, {"stage": "target"}, 4, block_size=8, eos_ids=(256,), pad_id=256, max_len=68),
+        "stream": save_run(out / "stream", few, {"data": "shakespeare_char", "stage": "base"}, 5, max_len=40),
+    }
+    return out.parent, models
+
+
+@pytest.fixture
+def cli(runs, monkeypatch, capsys):
+    """cli(*options) -> (exit code, stdout, stderr) of sample.py beside the run folders, in this process."""
+    monkeypatch.chdir(runs[0])
+
+    def call(*options: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--dtype=float32", *options])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            sample.run(sample.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def by_hand(model, canvas: str, sampler: Sampler, reference=None) -> tuple[list[str], int]:
+    """The canvas after every forward, as text, and the NFE."""
+    ids = torch.tensor([[model.config.mask_id if c == "_" else DIGITS.ids[c] for c in canvas]])
+    steps = list(denoise(model, ids, sampler, Residual(), reference=reference))
+    return ["".join("123456_"[i] for i in step.tokens[0].tolist()) for step in steps], int(steps[-1].nfe[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Plain text
+
+
+@pytest.mark.parametrize("sampler", [Sampler(steps=5), Sampler(rule="threshold", threshold=0.3), Sampler(steps=4, start="warm")])
+def test_plain_lines_are_the_steps(cli, runs, sampler):
+    models = runs[1]
+    options = [f"--threshold={sampler.threshold}"] if sampler.rule == "threshold" else [f"--steps={sampler.steps}"]
+    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", f"--start={sampler.start}", *options)
+    states, nfe = by_hand(models["grid/target"], PUZZLE, sampler, models["grid/reference"])
+    lines = out.splitlines()
+    assert code == 0 and "\x1b" not in out
+    assert lines[: len(states) + 1] == [f"{i:3} {state}" for i, state in enumerate([PUZZLE, *states])]
+    final = states[-1]
+    assert all(g in ("_", f) for g, f in zip(PUZZLE, final))
+    assert lines[len(states) + 1 :][:8] == ["", *(" ".join(final[i : i + 6]) for i in range(0, 36, 6)), ""]
+    tokens = PUZZLE.count("_")
+    numbers = re.fullmatch(r"(\d+) tokens, (\d+) NFE, ([\d.]+) tokens/step, [\d,]+ tokens/s", lines[-1])
+    assert numbers.groups() == (str(tokens), str(nfe), f"{tokens / nfe:.2f}")
+
+
+def test_samples_of_several_batches(cli):
+    """Five equal canvases in batches of two: three live views, every sample once, numbers over all of them."""
+    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=3", "--num_samples=5", "--batch_size=2")
+    assert code == 0
+    assert len(re.findall(r"^  3 \d{36}$", out, re.M)) == 3
+    assert re.findall(r"^RCD (\d):$", out, re.M) == list("12345")
+    assert f"{5 * PUZZLE.count('_')} tokens, 15 NFE, " in out.splitlines()[-1]
+
+
+def test_compare_runs_seqd_on_the_reference(cli, runs):
+    models = runs[1]
+    _, out, err = cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=4", "--compare")
+    seqd, _ = by_hand(models["grid/reference"], PUZZLE, Sampler(steps=4, carry="none"))
+    target, _ = by_hand(models["grid/target"], PUZZLE, Sampler(steps=4))
+    steps = [f"{i:3} {a} | {b}" for i, (a, b) in enumerate(zip([PUZZLE, *seqd], [PUZZLE, *target]))]
+    assert out.splitlines()[:6] == [f"    {'SeqD (reference)':36} | RCD", *steps]
+    assert "SeqD runs on the reference, out/grid/reference" in err
+    _, out, err = cli("--model=blocks", f"--prompt={PUZZLE}", "--steps=6", "--compare")
+    seqd, _ = by_hand(models["blocks"], PUZZLE, Sampler(steps=6, carry="none"))
+    assert out.splitlines()[0].startswith("    SeqD (same weights)") and out.splitlines()[7].startswith(f"  6 {seqd[-1]} | ")
+    assert "SeqD runs on the model's own weights" in err
+
+
+def test_text_is_continued(cli, runs):
+    """A batch of one byte-level prompt: continued by whole blocks, decoded as a whole, nothing raw reaches the output."""
+    model = runs[1]["text"]
+    code, out, _ = cli("--model=text", "--prompt=naïve 日本\x1b[31m", "--max_new=20", "--steps=9", "--seed=3")
+    ids = BYTES.encode("naïve 日本\x1b[31m")
+    responses, nfe = rcd.generate(model, [ids], 20, Sampler(steps=9))
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "  0 naïve 日本␛[31m" + "_" * (-(-(len(ids) + 20) // 8) * 8 - len(ids))
+    assert not any(unicodedata.category(c) == "Cc" for c in out.replace("\n", ""))
+    shown = "".join(sample.glyphs(BYTES.decode(ids + responses[0]), "\n"))
+    assert shown.replace("\n", "↵") in out and f", {nfe[0]} NFE, " in lines[-1]
+    assert cli("--model=text", "--prompt=xyz", "--steps=9")[1].startswith("  0 xyz" + "_" * 61 + "\n")  # whole blocks of 8 within 68
+
+
+def test_draws_depend_on_the_seed_alone(cli):
+    first, again, other = (cli("--model=stream", "--temperature=1", "--steps=4", f"--seed={seed}")[1].splitlines()[4] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_prompts_from_everywhere(cli, tmp_path):
+    """Typed, from a file, from stdin; with white space; "_" and "." are masks where the vocabulary has no such character."""
+    file = tmp_path / "puzzle.txt"
+    file.write_text("\n".join(PUZZLE[i : i + 6].replace("_", ".") for i in range(0, 36, 6)))
+    outputs = [cli("--model=grid/target", "--steps=2", prompt, stdin=PUZZLE.encode() + b"\n")[1].splitlines()[:-1]
+               for prompt in (f"--prompt={PUZZLE}", f"--prompt={file}", "--prompt=-")]  # fmt: skip
+    assert outputs[0][0] == f"  0 {PUZZLE}" and outputs[0] == outputs[1] == outputs[2]
+    assert cli("--model=stream", "--prompt=a_ b.c"[:-2], "--steps=1")[1].startswith("  0 a_ b\n")
+    assert cli("--model=text", "--prompt=a_b*c*", "--infill=*", "--steps=2")[1].startswith("  0 a_b_c_\n")
+    assert cli("--model=stream", "--steps=2")[1].startswith("  0 " + "_" * 40 + "\n")  # no prompt: all of it
+
+
+def test_examples_are_drawn_with_the_seed(cli, runs):
+    """Without a prompt: new test examples of the model's own data set, prepared as it was, and the answers are checked."""
+    tokenizer = tokenizers.CharTokenizer("0123456789+=,.", ["<eos>", "<mask>"])
+    meta = {"data": "sums", "data_command": "python data/sums/prepare.py --terms 3 --digits 1 --train 5000", "stage": "target"}
+    save_run(runs[0] / "out/sums", tokenizer, meta, 6, max_len=12, eos_ids=(14,), pad_id=14)
+    firsts = []
+    for seed in (1, 1, 2):
+        code, out, err = cli("--model=sums", "--steps=2", f"--seed={seed}")
+        assert code == 0 and out.splitlines()[-1].endswith(", 0/1 right")
+        firsts.append(out.splitlines()[0])
+    assert cli("--model=sums", "--steps=2", "--num_samples=3")[1].splitlines()[-1].endswith(", 0/3 right")
+    assert cli("--model=sums", "--prompt=1+2+3=3,_.", "--steps=1")[1].startswith("  0 1+2+3=3,_.\n")  # "." is one of its characters
+    assert firsts[0] == firsts[1] != firsts[2]
+    assert all(re.fullmatch(r"  0 \d\+\d\+\d=_{6}", line) for line in firsts)
+
+
+@pytest.mark.parametrize("typed, expected", [
+    ([], dict(rule="threshold", threshold=0.6, steps=7, carry="residual")),  # the model's own
+    (["--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=0)),
+    (["--steps=3"], dict(rule="static", steps=3)),
+    (["--steps=3", "--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=3)),
+    (["--entropy_bound=0.2"], dict(rule="entropy", entropy_bound=0.2, steps=0)),
+    (["--steps=3", "--rule=random", "--carry=none"], dict(rule="random", steps=3, carry="none")),
+])  # fmt: skip
+def test_typed_options_win_over_the_models_own(cli, runs, monkeypatch, typed, expected):
+    meta = {"stage": "target", "sampler": {"rule": "threshold", "threshold": 0.6, "steps": 7}, "residual": {"t_res": 0.5}}
+    save_run(runs[0] / "out/own", DIGITS, meta, 7)
+    seen = []
+    monkeypatch.setattr(sample, "watch", lambda o, settings, *rest: seen.extend(settings))
+    cli("--model=own", *typed)
+    assert {name: getattr(seen[0].sampler, name) for name in expected} == expected
+    assert seen[0].residual == Residual(t_res=0.5)
+    cli("--model=stream", "--steps=2")
+    assert seen[1].label == "SeqD" and seen[1].sampler.carry == "none"  # a base was not trained to read residuals
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+class Screen:
+    """As much of a terminal as the live view uses: rows of (character, style) cells without a right edge, `height` of them in sight."""
+
+    def __init__(self, height: int):
+        self.rows, self.row, self.column, self.height = [[]], 0, 0, height
+
+    def feed(self, text: str) -> None:
+        style = ""
+        for code, c in re.findall(r"\x1b\[([\d;]*[A-Za-z])|((?s:.))", text):
+            if code.endswith("m"):
+                style = code[:-1] if code != "0m" else ""
+            elif code.endswith("F"):
+                assert int(code[:-1]) <= min(self.row, self.height - 1)  # the cursor stops at the upper edge
+                self.row, self.column = self.row - int(code[:-1]), 0
+            elif code == "K":
+                del self.rows[self.row][self.column :]
+            elif code == "J":
+                del self.rows[self.row][self.column :], self.rows[self.row + 1 :]
+            elif c == "\n":
+                self.row, self.column = self.row + 1, 0
+                self.rows += [[]] * (self.row == len(self.rows))
+                self.rows = [list(row) for row in self.rows]
+            elif c != "\r":
+                assert c.isprintable() and not code, (code, c)
+                self.rows[self.row][self.column : self.column + 1] = [(c, style)]
+                self.column += 1
+
+    def text(self) -> list[str]:
+        return ["".join(c for c, _ in row).rstrip() for row in self.rows]
+
+
+@pytest.fixture
+def terminal(cli, monkeypatch):
+    """terminal(*options) -> Screen: the same, with a pseudo-terminal of 80 x 24 as stdout."""
+
+    def call(*options: str, **environment: str) -> Screen:
+        for name, value in {"COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color", "NO_COLOR": "", **environment}.items():
+            monkeypatch.setenv(name, value)
+        master, slave = os.openpty()
+        chunks = []
+
+        def drain() -> None:
+            while chunk := read(master):
+                chunks.append(chunk)
+
+        def read(fd: int) -> bytes:
+            try:
+                return os.read(fd, 1 << 16)
+            except OSError:  # Linux: the other end is closed
+                return b""
+
+        reader = threading.Thread(target=drain)
+        reader.start()
+        with monkeypatch.context() as m, open(slave, "w", encoding="utf-8") as stdout:
+            m.setattr(sys, "stdout", stdout)
+            m.setattr(time, "sleep", lambda seconds: None)
+            code = cli(*options)[0]
+        reader.join()
+        os.close(master)
+        assert code == 0
+        screen = Screen(int(os.environ["LINES"]))
+        screen.feed(b"".join(chunks).decode())
+        return screen
+
+    return call
+
+
+def test_terminal_shows_a_grid_in_place(terminal, runs):
+    models = runs[1]
+    screen = terminal("--model=grid/target", f"--prompt={PUZZLE}", "--steps=5", "--compare")
+    a, _ = by_hand(models["grid/reference"], PUZZLE, Sampler(steps=5, carry="none"))
+    b, _ = by_hand(models["grid/target"], PUZZLE, Sampler(steps=5))
+    grids = [[" ".join(states[-1][i : i + 6]) for i in range(0, 36, 6)] for states in (a, b)]
+    text = screen.text()
+    assert text[1:7] == [f"    {x:36} │ {y}" for x, y in zip(*grids)]  # one picture is left of the six
+    assert text[8].split("│")[1].strip() == "RCD step 5, 0 left" and text[9] == ""
+    assert max(map(len, text[:9])) <= 80
+    styles = [style for row in screen.rows[1:7] for _, style in row[4:15:2]]
+    born = [next(k for k, state in enumerate(a, 1) if state[i] != "_") for i in range(36)]
+    colour = {k: sample.RAMP[(k - 1) * 11 // 4] for k in range(1, 6)}
+    assert styles == ["" if PUZZLE[i] != "_" else f"{7 if born[i] == 5 else 0};38;5;{colour[born[i]]}" for i in range(36)]
+
+
+@pytest.mark.parametrize("option", ["--steps=3", "--steps=99", "--threshold=0.99"])
+def test_the_ramp_is_used_from_end_to_end(terminal, option):
+    """However many steps there are: a budget above what there is to fill counts as one step per token, and so does a high threshold."""
+    screen = terminal("--model=grid/target", f"--prompt={PUZZLE}", option)
+    colours = {style.split(";")[-1] for row in screen.rows[1:7] for _, style in row if style}
+    assert {str(sample.RAMP[0]), str(sample.RAMP[-1])} <= colours
+
+
+def test_terminal_shows_short_text_line_by_line(terminal):
+    screen = terminal("--model=stream", "--prompt=abc", "--steps=3", "--max_new=10")
+    lines = [line for line in screen.text() if re.match(r" *\d+ abc", line)]
+    assert [line[:3] for line in lines] == ["  0", "  1", "  2", "  3"]
+    assert lines[0] == "  0 abc" + "·" * 10 and not set(lines[3]) & set(sample.SHADES)
+
+
+def test_masks_are_shaded_by_alpha(terminal):
+    """SeqD carries nothing, so its masks stay at the lowest shade; a residual of fixed weight has the shade of that weight."""
+    shades = {}
+    for weight in ("0", "0.2", "0.5", "0.9"):
+        carry = ["--carry=residual", "--weight=fixed", f"--fixed={weight}"]
+        screen = terminal("--model=stream", "--prompt=abc", "--steps=4", "--max_new=10", *carry)
+        shades[weight] = set("".join(line for line in screen.text() if line.startswith("  1 "))) & set(sample.SHADES)
+    assert shades == {"0": {"·"}, "0.2": {"░"}, "0.5": {"▒"}, "0.9": {"▓"}}
+
+
+def test_long_text_never_outgrows_the_screen(terminal, runs):
+    """40 columns, 8 rows: drawn in place, cut while it runs (or the cursor could not come back), whole at the end."""
+    screen = terminal("--model=text", "--prompt=日本語 " + "x\n" * 5, "--steps=12", COLUMNS="40", LINES="8")
+    text = screen.text()
+    assert text[1:7] == ["    日本語 x↵", *["    x↵"] * 4, text[6]]
+    assert sum("日本語" in line for line in text) == 1
+    assert not any(c in sample.SHADES for line in text[1:-4] for c in line)
+
+
+@pytest.mark.parametrize("options, environment", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})])
+def test_no_colours_where_they_are_not_wanted(terminal, options, environment):
+    screen = terminal("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2", *options, **environment)
+    assert not any(style for row in screen.rows for _, style in row)
+    assert screen.text()[0] == f"  0 {PUZZLE}"
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=30))
+def test_nothing_that_steers_a_terminal_gets_through(text):
+    out = sample.glyphs(text, "\n")
+    assert all(c.isprintable() or c == "\n" for glyph in out for c in glyph)
+    assert not out or unicodedata.category(out[0][0]) not in ("Mn", "Me")
+    assert "".join(out).count("\n") == text.count("\n")
+    if text.isprintable() and not any(unicodedata.category(c) in ("Mn", "Me") for c in text):
+        assert "".join(out) == text
+
+
+def test_combining_marks_stay_with_their_letter():
+    assert sample.glyphs("e\u0301x\u0302\u0303", "") == ["e\u0301", "x\u0302\u0303"]
+    assert sample.glyphs("\u0301\n\u0301", "↵\n") == ["◌\u0301", "↵", "\n", "◌\u0301"]
+
+
+@given(st.lists(st.one_of(st.integers(0, 255), st.none()), min_size=1, max_size=24))
+def test_pieces_are_the_decoded_text(ids):
+    """Between masks the pieces put together are what the tokenizer decodes, however characters are cut into bytes."""
+    loaded = sample.zoo.Loaded(tiny_model(vocab_size=258, mask_id=257), BYTES, Path(), None, {}, {})
+    trace = sample.Trace("", loaded, [257 if i is None else i for i in ids])
+    pieces = trace.pieces()
+    assert all(piece == "" for piece, i in zip(pieces, ids) if i is None)
+    runs = "".join("x" if i is None else "o" for i in ids)
+    for run in re.finditer("o+", runs):
+        assert "".join(pieces[run.start() : run.end()]) == BYTES.decode(ids[run.start() : run.end()])
+
+
+def test_lines_are_as_wide_as_asked():
+    """A wide character takes two columns and is not cut; a mark that is a token by itself gets a circle to sit on."""
+    loaded = sample.zoo.Loaded(tiny_model(vocab_size=258, mask_id=257), BYTES, Path(), None, {}, {})
+    trace = sample.Trace("", loaded, BYTES.encode("ab日本\ncde\u0301f"))
+    view = object.__new__(sample.Terminal)
+    view.plain, view.budget = True, 0
+    template = "".join(map(chr, range(sample.CELL, sample.CELL + len(trace.ids))))
+    assert view.lines(trace, template, "\n", 3) == ["ab ", "日 ", "本 ", "cde", "◌\u0301f "]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def panels_of(page: str) -> list[dict]:
+    return json.loads(re.search(r"const data = (\[.*?\]), last = ", page)[1])
+
+
+def test_page_is_not_broken_by_a_token(runs):
+    """A token that would end the script, as those of pretrained vocabularies may."""
+    tokenizer = tokenizers.CharTokenizer("ab", ["</script><script>alert(1)</script>", "<mask>"])
+    loaded = sample.zoo.Loaded(tiny_model(vocab_size=4, mask_id=3), tokenizer, Path(), None, {}, {})
+    page = sample.page([sample.Trace("<b>", loaded, [0, 2, 3])], ["<i>"], str)
+    assert page.count("<script>") == page.count("</script>") == 1 and "<b>" not in page
+    assert panels_of(page)[0]["text"] == ["a", "</script><script>alert(1)</script>", ""]
+
+
+def test_page_holds_the_run_and_nothing_else(cli, runs, tmp_path):
+    model, file = runs[1]["text"], tmp_path / "run.html"
+    prompt = "</script><script>alert(1)</script> é\u2028"
+    code, out, _ = cli("--model=text", f"--prompt={prompt}", "--max_new=16", "--steps=6", "--compare", f"--html={file}")
+    page = file.read_text(encoding="utf-8")
+    assert code == 0
+    assert not re.search(r"https?:|//[a-z]|\bsrc\s*=|<link|url\(|@import|<img|<iframe", page)
+    assert page.count("<script>") == page.count("</script>") == 1 and "alert(1)<" not in page and "\u2028" not in page
+    panels = panels_of(page)
+    assert [p["label"] for p in panels] == ["SeqD (same weights)", "RCD"]
+    assert [p["stats"] for p in panels] == [line.split(": ", 1)[1] for line in out.splitlines()[-2:]]
+    canvas, lengths = rcd.canvas_for(model.config, [BYTES.encode(prompt)], 16)
+    steps = list(denoise(model, canvas, Sampler(steps=6), Residual()))
+    panel = panels[1]
+    assert panel["open"] == (canvas[0] == model.config.mask_id).tolist()
+    assert panel["layout"] == list(range(int(lengths[0])))
+    assert len(panel["steps"]) == len(steps)
+    for number, (cells, step) in enumerate(zip(panel["steps"], steps), 1):
+        looked = step.confidence[0].nonzero()[:, 0].tolist()
+        assert [i for i, _, _ in cells] == looked
+        for i, confidence, alpha in cells:
+            assert (panel["born"][i] == number) == bool(step.committed[0, i])
+            assert [confidence, alpha] == pytest.approx([step.confidence[0, i].item(), step.alpha[0, i].item()], abs=5.1e-4)
+    assert "".join(panel["text"]).startswith("</script><script>alert(1)</script> é ")
+
+
+def test_page_lays_out_a_grid(cli, tmp_path):
+    file = tmp_path / "run.html"
+    cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2", "--num_samples=2", f"--html={file}")
+    panels = panels_of(file.read_text(encoding="utf-8"))
+    assert [p["label"] for p in panels] == ["RCD 1", "RCD 2"]
+    rows = [list(range(i, i + 6)) for i in range(0, 36, 6)]
+    assert panels[0]["layout"] == [x for row in rows for x in (["\n"] if row[0] else []) + row]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_eval_table_is_a_recount(cli, runs, tmp_path):
+    """Puzzles whose solutions are what SeqD makes of them in 4 steps, but for one: the table says so, and a recount agrees everywhere."""
+    models, rng = runs[1], np.random.default_rng(0)
+    puzzles = ["".join(rng.choice(list("123456_"), 36, p=[1 / 12] * 6 + [0.5])) for _ in range(4)]
+    solved = [by_hand(models["grid/reference"], p, Sampler(steps=4, carry="none"))[0][-1] for p in puzzles]
+    wrong = puzzles[0].index("_")
+    solved[0] = solved[0][:wrong] + str(int(solved[0][wrong]) % 6 + 1) + solved[0][wrong + 1 :]
+    (tmp_path / "p.txt").write_text("\n\n".join(f"{p} {s}" for p, s in zip(puzzles, solved)))
+    code, out, _ = cli("--model=grid/target", f"--eval={tmp_path / 'p.txt'}", "--batch_size=1", f"--plot={tmp_path / 'p.png'}")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert code == 0 and len({len(line) for line in out.splitlines()}) == 1 and set("".join(rows[1])) == {"-", ":"}
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert {row[0] for row in rows[2:]} == {"SeqD", "RCD (cold)", "RCD (warm)"}
+    for label, rule, accuracy, nfe, per_step in rows[2:]:
+        value = float(re.search(r"[\d.]+", rule)[0])
+        way = dict(rule="threshold", threshold=value) if "threshold" in rule else dict(steps=int(value))
+        way |= dict(carry="none") if label == "SeqD" else dict(start=label[5:-1])
+        model = models["grid/reference" if label == "SeqD" else "grid/target"]
+        results = [by_hand(model, p, Sampler(**way), models["grid/reference"]) for p in puzzles]
+        right = sum(states[-1] == s for (states, _), s in zip(results, solved)) / 4
+        total = sum(n for _, n in results)
+        assert accuracy.startswith(f"{right:.1%} (") and nfe == f"{total / 4:.2f}"
+        assert per_step == f"{sum(p.count('_') for p in puzzles) / total:.2f}"
+    assert next(row for row in rows if row[:2] == ["SeqD", "static, 4 steps"])[2].startswith("75.0% (")
+
+
+def test_intervals_are_bootstrap_intervals():
+    """Against resampling the items one by one."""
+    for correct in ([True] * 60 + [False] * 40, [True] * 3 + [False] * 197, [False] * 50):
+        draws = np.random.default_rng(5).choice(correct, (20_000, len(correct))).mean(1)
+        assert sample.interval(correct) == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.011)
+
+
+def test_sweep_asks_for_no_fewer_steps_than_blocks(runs):
+    models = runs[1]
+    settings = sample.sweep(None, models["blocks"], None, Sampler(), Residual(), 21.4)
+    assert {s.label for s in settings} == {"RCD (cold)"}
+    canvas = torch.full((1, 36), 6)
+    for setting in settings:
+        assert setting.sampler.rule == "threshold" or 6 <= setting.sampler.steps <= 22
+        *_, step = denoise(setting.model, canvas, setting.sampler, setting.residual)
+        assert not (step.tokens == 6).any()
+    free = sample.sweep(models["grid/reference"], models["grid/target"], models["grid/reference"], Sampler(), Residual(), 24.0)
+    assert [s.sampler.steps for s in free if s.label == "SeqD" and s.sampler.rule == "static"] == [1, 2, 3, 4, 5, 8, 12, 24]
+    assert {(s.label, s.sampler.carry, s.sampler.start) for s in free} == {
+        ("SeqD", "none", "cold"), ("RCD (cold)", "residual", "cold"), ("RCD (warm)", "residual", "warm")}  # fmt: skip
+
+
+def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = {"label": "SeqD", "rule": "static", "value": 4, "accuracy": 0.5, "nfe": 4.0, "correct": [True, False]}
+    sample.plot([row], tmp_path / "x.png", "")
+    assert capsys.readouterr().err.splitlines() == ['no plot, matplotlib is not installed: pip install -e ".[plot]"']
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--model=nothing"], "no model 'nothing'"),
+    (["--prompt=nothing.txt"], "nothing.txt"),
+    (["--prompt=" + "7" + PUZZLE[1:]], "character '7'"),
+    (["--prompt=123"], "has 3 cells"),
+    (["--prompt=" + "1" * 36], "0 to fill"),
+    (["--prompt=-"], "prompt is empty"),
+    (["--model=blocks", f"--prompt={PUZZLE}", "--steps=2"], "fewer than the"),
+    (["--model=blocks", f"--prompt={PUZZLE}", "--start=warm"], "needs the reference"),
+    (["--html=no/such/run.html"], "no folder no/such"),
+    (["--plot=no/such/run.png", "--eval=sudoku"], "no folder no/such"),
+    (["--model=text", "--prompt=" + "x" * 70], "leaves room for 0"),
+    (["--model=text", "--prompt=xyz", "--max_new=62"], "leaves room for 61"),
+    (["--model=text", "--prompt=x", "--infill=ab"], "one character"),
+    (["--num_samples=0"], "num_samples=0"),
+    (["--stepz=8"], "--stepz"),
+    (["--rule=best"], "rule='best'"),
+    (["--device=abacus"], "device='abacus'"),
+    (["--eval=nothing"], "no data set 'nothing'"),
+    (["--eval=bad0.txt"], "bad0.txt, line 2"),
+    (["--eval=bad1.txt"], "bad1.txt, line 2"),
+    (["--eval=bad2.txt"], "bad2.txt, line 2"),
+    (["--eval=bad3.txt"], "bad3.txt, line 1"),
+    (["--eval=bad4.txt"], "character 'x'"),
+    (["--reference=stream", f"--prompt={PUZZLE}", "--start=warm"], "another tokenizer"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(cli, runs, options, says):
+    for number, text in enumerate(["1_3_ 1234\n123 456", "1_3_ 1234\n2_3_ 1234", "1_3_ 1234\n1_3_ 123_", "1_3_", "1_3x 1234"]):
+        (runs[0] / f"bad{number}.txt").write_text(text)
+    model = [] if any(o.startswith("--model") for o in options) else ["--model=grid/target"]
+    code, out, err = cli(*model, *options)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and err.splitlines()[-1] == errors[0] and says in errors[0]
+    assert "Traceback" not in err and not re.search(r"[1-6_]{36}\n", out.replace(PUZZLE, ""))
+
+
+def test_stdin_that_is_not_text(cli):
+    code, _, err = cli("--model=grid/target", "--prompt=-", stdin=b"12\xff3")
+    assert code == 2 and err.splitlines()[-1] == "error: stdin: byte 2 is not UTF-8; expected a prompt"
+
+
+def test_the_command_itself(runs):
+    """`python sample.py` in a process of its own. A reader that has seen enough, such as `head`, is no error."""
+    options = ["--model=out/grid/target", f"--prompt={PUZZLE}", "--steps=12", "--num_samples=50", "--batch_size=1"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *options], cwd=runs[0], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline().decode() == f"  0 {PUZZLE}\n"
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 0 and len(err.splitlines()) == 2  # the model, the device
+
+
+@pytest.mark.skipif(not (ROOT / "zoo" / sample.MODEL / "config.json").is_file(), reason="no shipped checkpoint yet")
+def test_the_shipped_checkpoint(cli):
+    code, out, _ = cli("--steps=8")
+    assert code == 0 and re.fullmatch(r"\d+ tokens, 8 NFE, [\d.]+ tokens/step, [\d,]+ tokens/s, [01]/1 right", out.splitlines()[-1])
