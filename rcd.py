@@ -189,7 +189,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.remat = False  # recompute every layer in backward: less memory for a third more compute (activation checkpointing)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        table = torch.empty(config.vocab_size, config.d_model)  # not nn.Embedding(V, D): its own initialisation costs a second on meta
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied:
