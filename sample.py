@@ -103,10 +103,6 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype, str
     else:
         bf16, why = torch.cpu._is_avx512_bf16_supported(), "the processor multiplies bfloat16 natively"
         bf16, why = (True, why) if bf16 else (False, "the processor has no native bfloat16")
-        # On a CPU, attention over short canvases is faster as two matmuls and a softmax than as the fused kernel, whose bfloat16
-        # backward is ten times slower; see the attention rows of tests/bench.py.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     chosen = dtypes[dtype] if dtype else (torch.bfloat16 if bf16 else torch.float32)
     return torch.device(name), chosen, f"{reason}; dtype {str(chosen)[6:]} ({'asked for' if dtype else why})"
 
