@@ -611,7 +611,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     inside = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
     fill = inside & (canvas == c.mask_id)  # (B, T): what is to be filled
     tokens = torch.where(inside, tokens, c.pad_id)
-    if s.carry == "residual" and s.start == "warm" and reference is None:
+    begin = s.start if s.carry == "residual" else "cold"
+    if begin == "warm" and reference is None:
         raise ValueError("start=warm needs the reference model: give it, or choose start=cold")
     for m in (model, reference):
         if m is not None and T > m.config.max_len:
@@ -631,7 +632,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
     main = View(model, tokens, lengths, b)
     hidden = View(model, tokens, lengths, b, hidden=inside & ~fill) if s.guidance else None
-    warm = View(reference, tokens, lengths, b) if s.carry == "residual" and s.start == "warm" else None
+    warm = View(reference, tokens, lengths, b) if begin == "warm" else None
     nfe = torch.zeros(B, dtype=torch.long, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     D, E = c.d_model, model.embedding
@@ -649,13 +650,13 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
         cells = (block_of == j).logical_and(~ended[:, None]).nonzero()  # (N, 2): every masked cell of the active blocks
         steps_left = budget[:, j].clone()  # (B,)
         alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)  # cold: alpha = 0 is an ordinary pass
-        if s.carry == "residual" and s.start == "warm" and len(cells):
+        if begin == "warm" and len(cells):
             nfe[cells[:, 0].unique()] += 1
             none = reference.embedding.new_zeros(len(cells), reference.config.d_model)
             alpha, delta = residual(warm.logits(start, stop, cells, alpha, none), E)
-        elif s.carry == "residual" and s.start == "self" and len(cells):
+        elif begin == "self" and len(cells):
             alpha, delta = residual(predict(start, stop, cells, alpha, delta), E)
-        elif s.carry == "residual" and s.start == "dirichlet":
+        elif begin == "dirichlet":
             race = torch.empty(len(cells), c.vocab_size, device=device).exponential_(generator=generator)  # normalised: Dirichlet(1, ..., 1)
             race[:, c.mask_id], race[:, c.real_vocab or c.vocab_size :] = 0, 0
             alpha, delta = residual(race.log(), E)

@@ -399,8 +399,10 @@ def peak_memory(device: torch.device) -> str:
 def final_table(o: Train, root: Path, dataset: "data.Dataset", residual: Residual, device: torch.device, dtype: torch.dtype) -> None:
     """SeqD beside RCD over step budgets and thresholds, on test canvases that nothing was chosen by."""
     target = zoo.load(root / "target", device).model
-    seqd = zoo.load(root / "reference", device).model if (root / "reference" / "train.json").is_file() else None
-    warm = seqd if o.recipe == "paper" else None  # a target that never saw a reference's residual has no use for a warm start
+    stage_1 = str(root / "reference") if (root / "reference" / "train.json").is_file() else ""
+    seqd, reference = (zoo.load(name, device).model if name else None for name in (stage_1 or o.reference, o.reference or stage_1))
+    seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
+    warm = reference if o.recipe == "paper" else None  # a target that never saw a reference's residual has no use for a warm start
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     blocks = -(-dataset.meta["length"] // (target.config.block_size or dataset.meta["length"]))
     settings = sweep(seqd, target, warm, Sampler(), residual, tokens, thresholds=[0.5, 0.7, 0.85, 0.95, 0.99], blocks=blocks)
