@@ -11,6 +11,10 @@ that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it i
 "_" for the cells to fill, white space, its solution).
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+
 import argparse
 import codecs
 import contextlib
@@ -20,7 +24,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
