@@ -35,9 +35,9 @@ CHUNK = 1 << 25  # elements: an (N, V) float32 temporary never exceeds this many
 
 
 def row_chunks(n: int, vocab_size: int) -> Iterator[slice]:
-    """Slices that cover range(n) so that rows * vocab_size <= CHUNK."""
+    """Slices that cover range(n) so that rows * vocab_size <= CHUNK; at least one, which may be empty."""
     size = max(1, CHUNK // vocab_size)
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+    return (slice(i, min(i + size, n)) for i in range(0, max(n, 1), size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -70,20 +70,31 @@ class Config:
     logit_shift: bool = False  # row i - 1 predicts token i (Dream, Fast-dLLM v2: models that were autoregressive)
 
     def __post_init__(self):
-        self.eos_ids = tuple(self.eos_ids)
-        if self.n_head % self.n_kv_head:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), {float: (int, float), tuple[int, ...]: (list, tuple)}.get(f.type, f.type)
+            if not isinstance(value, kind):
+                raise ValueError(f"{f.name}={value!r} is of the wrong kind")
+        self.eos_ids = tuple(self.eos_ids)  # JSON has no tuples
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(f"mask_id={self.mask_id} must be a row of the embedding table: 0 <= mask_id < vocab_size={self.vocab_size}")
-        if (self.rotary_dim or self.head_dim) % 2:
-            raise ValueError("rotary_dim (or head_dim when rotary_dim=0) must be even: RoPE rotates pairs")
+        if not 0 <= self.real_vocab <= self.vocab_size:
+            raise ValueError(f"real_vocab={self.real_vocab} must not exceed vocab_size={self.vocab_size}")
+        if self.eos_ids and self.pad_id == self.mask_id:
+            raise ValueError(f"pad_id={self.pad_id} is the mask token: what follows an end would stay masked")
+        if self.block_size < 0:
+            raise ValueError(f"block_size={self.block_size} must not be negative")
+        if self.rotary_dim > self.head_dim or (self.rotary_dim or self.head_dim) % 2:
+            raise ValueError(f"rotary_dim={self.rotary_dim} (0: head_dim={self.head_dim}) must be even and fit into the head: RoPE rotates pairs")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """A Config from JSON; an unknown or missing key is an error that names it."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown Config fields: {', '.join(sorted(unknown))}")
+        names = {f.name for f in fields(cls)}
+        for what, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
+            if wrong:
+                raise ValueError(f"{what} Config fields: {', '.join(sorted(wrong))}")
         return cls(**values)
 
 
@@ -329,8 +340,8 @@ class Residual:
     def __post_init__(self):
         if self.weight not in WEIGHTS:
             raise ValueError(f"weight={self.weight!r}: choose from {', '.join(WEIGHTS)}")
-        if self.t_res <= 0:
-            raise ValueError(f"t_res={self.t_res} must be above 0")
+        if not 0 < self.t_res < math.inf:
+            raise ValueError(f"t_res={self.t_res} must be above 0 and finite")
         if not 0 <= self.fixed <= 1:
             raise ValueError(f"fixed={self.fixed} must lie in [0, 1]")
 
@@ -397,10 +408,18 @@ class Noised(NamedTuple):
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
 
 
+def check_reference(model: Transformer, reference: Transformer) -> None:
+    """A reference speaks about the model's tokens: p of one meets E of the other. Raises ValueError if it can not."""
+    here, there = ((m.config.vocab_size, m.config.mask_id) for m in (model, reference))
+    if here != there:
+        raise ValueError(f"the reference has another vocabulary: (vocab_size, mask_id) is {there} there, {here} here")
+
+
 def reference_context(reference: Transformer, residual: Residual) -> Context:
     """Algorithm 1: the frozen reference looks at the *same* x_t; alpha from its entropy, Delta with the *target's* embeddings."""
 
     def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        check_reference(model, reference)
         return residual_of(reference, reference.embed(n.x), n.tokens, n.where, residual, model.embedding, n.segments)
 
     return context
@@ -474,8 +493,8 @@ class Sampler:
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
         for name in ("steps", "block_size", "top_k", "temperature", "guidance", "entropy_bound"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.threshold <= 1:
@@ -608,12 +627,16 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     B, T = canvas.shape
     tokens = canvas.clone()
     lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
+    if bool((lengths > T).any()):
+        raise ValueError(f"lengths={lengths.tolist()} exceed the canvas of {T} tokens")
     inside = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
     fill = inside & (canvas == c.mask_id)  # (B, T): what is to be filled
     tokens = torch.where(inside, tokens, c.pad_id)
     begin = s.start if s.carry == "residual" else "cold"
     if begin == "warm" and reference is None:
         raise ValueError("start=warm needs the reference model: give it, or choose start=cold")
+    if begin == "warm":
+        check_reference(model, reference)
     for m in (model, reference):
         if m is not None and T > m.config.max_len:
             raise ValueError(f"a canvas of {T} tokens is longer than the model's max_len={m.config.max_len}")
@@ -825,10 +848,14 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
         tensors = load_file(folder / "model.safetensors", device=str(device))
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} holds a damaged file: {error}") from None
-    if values.pop("model_type", "") != "rcd":
+    if not isinstance(values, dict) or values.pop("model_type", "") != "rcd":
         raise ValueError(f"{folder}/config.json is not of this project's own format; load pretrained folders with zoo.load()")
+    try:
+        config = Config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
     with torch.device("meta"):
-        model = Transformer(Config.from_dict(values))
+        model = Transformer(config)
     assign_tensors(model, tensors, dtype, str(folder))
     return model
 

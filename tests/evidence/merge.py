@@ -46,11 +46,11 @@ def table(rows: list[dict]) -> str:
     labels = list(dict.fromkeys(r["label"] for r in rows))
     lines = ["| rule | " + " | ".join(f"{label}: accuracy (95 %) | NFE" for label in labels) + " |", "|---|" + "--:|--:|" * len(labels)]
     for rule, value in dict.fromkeys((r["rule"], r["value"]) for r in rows):
-        cells = []
+        cells, name = [], f"threshold {value:g}" if rule == "threshold" else f"{value} step" + "s" * (value > 1)
         for label in labels:
             r = next(r for r in rows if (r["label"], r["rule"], r["value"]) == (label, rule, value))
             cells += [f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%})", f"{r['nfe']:.2f}"]
-        lines.append(f"| {f'threshold {value:g}' if rule == 'threshold' else f'{value} steps'} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,35 @@
+"""What the tests share: a tiny random model, one thread, and hypothesis settings that give the same examples on every run."""
+
+import math
+
+import hypothesis
+import pytest
+import torch
+
+import rcd
+
+torch.set_num_threads(1)  # tensors this small only lose by threads, and threads that wait for a busy core lose minutes
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+def tiny_model(seed: int = 0, gain: float = 1.5, **options) -> rcd.Transformer:
+    """A random model whose predictions differ from position to position and are neither certain nor uniform; ties are rare."""
+    size = dict(vocab_size=12, mask_id=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, d_model=16, d_ff=20, max_len=64)
+    model = rcd.Transformer(rcd.Config(**{**size, **options}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                p.copy_(0.3 * noise)
+            else:
+                p.copy_((0.4 if name in ("embed_tokens.weight", "lm_head.weight") else gain / math.sqrt(p.shape[1])) * noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_model

@@ -1,0 +1,225 @@
+"""Equations 1 to 3 against numbers worked out by hand and against plain Python loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rcd
+from rcd import Residual, mix
+
+INF = math.inf
+
+# A vocabulary of four, D = 2. E[3] is [MASK].
+E = torch.tensor([[4.0, 0.0], [0.0, 8.0], [-4.0, 4.0], [1.0, -1.0]])
+# p = (1/2, 1/4, 1/4, 0):  H = 1/2 ln 2 + 2 * 1/4 ln 4 = 3/2 ln 2,  ln V = 2 ln 2,  alpha = 3/4
+#                          Delta = (2, 0) + (0, 2) + (-1, 1) = (1, 3)
+#                          e = 1/4 (1, -1) + 3/4 (1, 3) = (1, 2)
+HALVES = torch.tensor([[math.log(2), 0.0, 0.0, -INF]])
+
+
+def test_equations_by_hand():
+    alpha, delta = Residual()(HALVES, E)
+    torch.testing.assert_close(alpha, torch.tensor([0.75]))
+    torch.testing.assert_close(delta, torch.tensor([[1.0, 3.0]]))
+    x = torch.zeros(2, 3, 2)
+    mixed = mix(x, (torch.tensor([1]), torch.tensor([2])), alpha, delta, E[3])
+    torch.testing.assert_close(mixed[1, 2], torch.tensor([1.0, 2.0]))
+    mixed[1, 2] = 0
+    assert not mixed.any() and not x.any()  # no other cell, and not in place
+
+
+# At T_res = 1/2 p is squared and normalised: (4, 1, 1, 0) / 6.  H = 2/3 ln(3/2) + 2 * 1/6 ln 6 = ln 6 - 2/3 ln 4 = 0.8675632
+#     alpha = 0.8675632 / 1.3862944 = 0.6258145;  Delta with that p: (16/6, 0) + (0, 8/6) + (-4/6, 4/6) = (2, 2)
+@pytest.mark.parametrize("options, alpha, delta", [
+    (dict(), 0.75, (1, 3)),
+    (dict(weight="1-entropy"), 0.25, (1, 3)),
+    (dict(weight="confidence"), 0.5, (1, 3)),
+    (dict(weight="1-confidence"), 0.5, (1, 3)),
+    (dict(weight="fixed"), 0.3, (1, 3)),
+    (dict(weight="fixed", fixed=0.7), 0.7, (1, 3)),
+    (dict(weight="one"), 1.0, (1, 3)),
+    (dict(weight="top-1"), 1.0, (4, 0)),
+    (dict(t_res=0.5), 0.6258145, (1, 3)),
+    (dict(t_res=0.5, temper_delta=True), 0.6258145, (2, 2)),
+    (dict(t_res=0.5, weight="1-entropy"), 1 - 0.6258145, (1, 3)),
+    (dict(t_res=0.5, weight="confidence"), 4 / 6, (1, 3)),
+    (dict(t_res=0.5, weight="1-confidence", temper_delta=True), 2 / 6, (2, 2)),
+    (dict(t_res=0.5, weight="one", temper_delta=True), 1.0, (2, 2)),
+    (dict(temper_delta=True), 0.75, (1, 3)),
+])  # fmt: skip
+def test_every_weight_by_hand(options, alpha, delta):
+    a, d = Residual(**options)(HALVES, E)
+    assert a.item() == pytest.approx(alpha, abs=1e-6)
+    assert d[0].tolist() == pytest.approx(delta, abs=1e-6)
+
+
+def by_loops(logits: list[float], table: list[list[float]], r: Residual) -> tuple[float, list[float]]:
+    """One position, one number at a time."""
+
+    def softmax(temperature):
+        top = max(logits)
+        weights = [math.exp((z - top) / temperature) for z in logits]
+        return [w / sum(weights) for w in weights]
+
+    p, tempered = softmax(1.0), softmax(r.t_res)
+    entropy = 0.0
+    for q in tempered:
+        if q > 0:
+            entropy -= q * math.log(q)
+    entropy /= math.log(len(logits))
+    alpha = {"entropy": entropy, "1-entropy": 1 - entropy, "confidence": max(tempered), "1-confidence": 1 - max(tempered),
+             "fixed": r.fixed, "one": 1.0, "top-1": 1.0}[r.weight]  # fmt: skip
+    if r.temper_delta:
+        p = tempered
+    if r.weight == "top-1":
+        p = [float(j == p.index(max(p))) for j in range(len(p))]
+    delta = [0.0] * len(table[0])
+    for j, q in enumerate(p):
+        for d in range(len(delta)):
+            delta[d] += q * table[j][d]
+    return alpha, delta
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 9, 20])  # rows at once: all, one (a chunk is never less than a row), two
+@pytest.mark.parametrize("weight", rcd.WEIGHTS)
+def test_loops_over_positions_and_vocabulary(weight, chunk, monkeypatch):
+    monkeypatch.setattr(rcd, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(5)
+    logits, table = 3 * torch.randn(7, 10, generator=generator), torch.randn(10, 4, generator=generator)
+    logits[:, 9] = -INF  # as the model's own: [MASK] is never predicted
+    logits[3, :8] = -INF  # one-hot
+    for t_res in (0.6, 1.0, 2.5):
+        for temper_delta in (False, True):
+            r = Residual(weight=weight, fixed=0.2, t_res=t_res, temper_delta=temper_delta)
+            alpha, delta = r(logits, table)
+            assert alpha.shape == (7,) and delta.shape == (7, 4)
+            for i in range(7):
+                a, d = by_loops(logits[i].tolist(), table.tolist(), r)
+                assert alpha[i].item() == pytest.approx(a, abs=1e-5)
+                assert delta[i].tolist() == pytest.approx(d, abs=1e-4)
+
+
+def test_row_chunks_cover_every_row_once(monkeypatch):
+    monkeypatch.setattr(rcd, "CHUNK", 100)
+    for n in range(25):
+        for V in (1, 7, 33, 100, 1000):
+            slices = list(rcd.row_chunks(n, V))
+            assert [i for s in slices for i in range(n)[s]] == list(range(n))
+            assert all((s.stop - s.start) * V <= 100 or s.stop - s.start == 1 for s in slices)
+
+
+finite = st.floats(-30, 30, width=32)
+
+
+@st.composite
+def tables(draw):
+    V, D = draw(st.integers(2, 8)), draw(st.integers(1, 3))
+    logits = draw(
+        st.lists(st.lists(st.one_of(finite, st.just(-INF)), min_size=V, max_size=V).filter(lambda z: max(z) > -INF), min_size=1, max_size=4)
+    )
+    table = draw(st.lists(st.lists(st.floats(-5, 5, width=32), min_size=D, max_size=D), min_size=V, max_size=V))
+    return torch.tensor(logits), torch.tensor(table)
+
+
+@settings(max_examples=150)
+@given(tables(), st.sampled_from(rcd.WEIGHTS), st.floats(0.1, 10), st.booleans(), st.floats(0, 1))
+def test_alpha_is_a_share_and_delta_an_average(both, weight, t_res, temper_delta, fixed):
+    logits, table = both
+    alpha, delta = Residual(weight, fixed, t_res, temper_delta)(logits, table)
+    assert bool((alpha >= -1e-6).all() and (alpha <= 1 + 1e-6).all())
+    for z, d in zip(
+        logits, delta
+    ):  # in the convex hull of the embeddings that have any probability: within their extent in every direction
+        possible = table[z > -INF]
+        for direction in torch.randn(20, table.shape[1], generator=torch.Generator().manual_seed(0)):
+            reach = possible @ direction
+            assert reach.min() - 1e-3 <= d @ direction <= reach.max() + 1e-3
+    mask = table[-1]
+    e = mix(
+        torch.zeros(1, len(alpha), table.shape[1]),
+        (torch.zeros(len(alpha), dtype=torch.long), torch.arange(len(alpha))),
+        alpha,
+        delta,
+        mask,
+    )[0]
+    low, high = torch.minimum(delta, mask), torch.maximum(delta, mask)  # between E[MASK] and Delta, an interpolation and not a sum
+    assert bool((e >= low - 1e-4).all() and (e <= high + 1e-4).all())
+
+
+def test_extremes_of_the_entropy():
+    V = 8
+    one_hot = torch.full((1, V), -INF)
+    one_hot[0, 2] = 5.0
+    table = torch.randn(V, 3, generator=torch.Generator().manual_seed(0))
+    alpha, delta = Residual()(one_hot, table)
+    assert alpha.item() == 0 and torch.equal(delta[0], table[2])
+    e = mix(torch.zeros(1, 1, 3), (torch.tensor([0]), torch.tensor([0])), alpha, delta, table[7])
+    assert torch.equal(e[0, 0], table[7])  # certain: the plain [MASK] embedding
+    alpha, delta = Residual()(torch.zeros(1, V), table)
+    assert alpha.item() == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(delta[0], table.mean(0))
+    without_mask = torch.zeros(1, V)
+    without_mask[0, 7] = -INF
+    alpha, _ = Residual()(without_mask, table)  # the most that a model can reach: log V counts the whole table
+    assert alpha.item() == pytest.approx(math.log(V - 1) / math.log(V), abs=1e-6)
+    sharp, blunt = Residual(t_res=0.5)(HALVES, E)[0], Residual(t_res=2.0)(HALVES, E)[0]
+    assert sharp < 0.75 < blunt  # T_res below 1 injects less
+
+
+def test_a_vocabulary_of_the_real_size_in_chunks(monkeypatch):
+    """SDAR's 151,936: peaked rows stay exact, and alpha of ten equal alternatives is small (rcd.md: 0.155 at confidence 1/2)."""
+    V = 151_936
+    logits = torch.full((2, V), -INF)
+    logits[0, :11] = torch.tensor([0.5] + [0.05] * 10).log()
+    logits[1] = 0
+    table = torch.zeros(V, 1)
+    table[0] = 1
+    monkeypatch.setattr(rcd, "CHUNK", V)
+    alpha, delta = Residual()(logits, table)
+    assert alpha.tolist() == pytest.approx([(0.5 * math.log(2) + 0.5 * math.log(20)) / math.log(V), 1], abs=1e-5)
+    assert round(alpha[0].item(), 3) == 0.155
+    assert delta[:, 0].tolist() == pytest.approx([0.5, 1 / V], rel=1e-4)
+
+
+def test_half_precision_tables_and_logits():
+    generator = torch.Generator().manual_seed(1)
+    logits, table = 2 * torch.randn(5, 9, generator=generator), torch.randn(9, 4, generator=generator)
+    exact_alpha, exact_delta = Residual()(logits.bfloat16().double().float(), table.bfloat16().float())
+    alpha, delta = Residual()(logits.bfloat16(), table.bfloat16())
+    assert alpha.dtype == torch.float32 and delta.dtype == torch.bfloat16
+    torch.testing.assert_close(alpha, exact_alpha, atol=1e-6, rtol=1e-6)  # the softmax and the entropy are taken in float32
+    torch.testing.assert_close(delta.float(), exact_delta, atol=0.03, rtol=0.03)
+    x = torch.zeros(1, 5, 4, dtype=torch.bfloat16)
+    e = mix(x, (torch.zeros(5, dtype=torch.long), torch.arange(5)), alpha, delta, table[0].bfloat16())
+    assert e.dtype == torch.bfloat16
+    expected = (1 - exact_alpha[:, None]) * table[0] + exact_alpha[:, None] * exact_delta
+    torch.testing.assert_close(e[0].float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("weight", rcd.WEIGHTS)
+def test_no_gradient_flows_through_the_residual(weight):
+    logits, table = torch.randn(3, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    alpha, delta = Residual(weight)(logits, table)
+    assert not alpha.requires_grad and not delta.requires_grad
+
+
+def test_gradient_of_the_mix():
+    """d e / d E[MASK] = 1 - alpha, d e / d x = 1 at the cells that keep x and 0 where it is replaced."""
+    x, mask = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    mix(x, (torch.tensor([0, 0]), torch.tensor([0, 2])), torch.tensor([0.25, 0.5]), torch.ones(2, 2), mask).sum().backward()
+    assert x.grad[0].tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert mask.grad.tolist() == [1.25, 1.25]
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(weight="entropie"), "weight='entropie': choose from entropy, confidence"),
+    (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"), (dict(t_res=INF), "t_res=inf"),
+    (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
+])  # fmt: skip
+def test_bad_choices(options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Residual(**options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,766 @@
+"""The sampler against a slow transcription of Algorithm 2, and what must hold for any canvas, model and choice."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import rcd
+from rcd import Residual, Sampler, Transformer, denoise, generate
+
+MASK, PAD = 11, 0  # of the tiny models
+_ = MASK  # canvases below are written with it
+
+
+def drain(*args, **options) -> list[rcd.Step]:
+    """Every record of a run, and no more than there can be: a sampler that commits nothing is a failure, not a test that never ends."""
+    return list(itertools.islice(denoise(*args, **options), 100))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Algorithm 2, one row, one number at a time, everything recomputed at every step
+
+
+def forward(model: Transformer, tokens: list[int], soft: dict[int, torch.Tensor], stop: int) -> torch.Tensor:
+    """Distributions (stop, V) in float64 that predict each cell of tokens[:stop]; soft maps a cell to its input embedding."""
+    c = model.config
+    T = stop if c.block_size else len(tokens)  # block-causal: what is not yet reached is not there
+    x = torch.stack([soft[i] if i in soft else model.embedding[token] for i, token in enumerate(tokens[:T])])
+    b = c.block_size or T
+    allowed = torch.tensor([[k // b <= q // b for k in range(T)] for q in range(T)])
+    hidden = model(x[None], torch.arange(T)[None], allowed[None, None])[0]
+    z = hidden.double() @ model.head.double().T
+    if c.logit_shift:
+        z = torch.cat([z[:1], z[:-1]])
+    z[:, c.mask_id] = -math.inf
+    z[:, c.real_vocab or c.vocab_size :] = -math.inf
+    return z
+
+
+def algorithm_2(model, canvas, s, r, reference=None, shares=None):
+    """-> list of (tokens, committed cells, confidence by cell, alpha by cell, NFE) after each forward pass, and the margin: by how much the
+    closest decision was taken (below CLOSE it is a tie for float32, and no test). Greedy. shares: steps of each block."""
+    c, tokens, T = model.config, list(canvas), len(canvas)
+    fill = [i for i in range(T) if canvas[i] == c.mask_id]
+    nfe, records, margin, E = 0, [], 1.0, model.embedding.double()
+    b = s.block_size or c.block_size or T
+    origin = 0 if c.block_size or b == T or not fill else fill[0]  # a bidirectional model counts its blocks from the first mask
+    blocks = [[i for i in fill if (i - origin) // b == j] for j in range(-(-(T - origin) // b))]
+    blocks = [(cells, min(origin + (cells[0] - origin) // b * b + b, T)) for cells in blocks if cells]
+    ended = False
+
+    def predict(model, soft, stop):
+        z = forward(model, tokens, soft, stop)
+        if s.guidance and model is not reference:
+            blind = [c.mask_id if i not in fill else token for i, token in enumerate(tokens)]
+            u = forward(model, blind, soft, stop)
+            z = u + (s.guidance + 1) * (z - u)
+            z[z.isnan()] = -math.inf
+        return z
+
+    def residual(z):  # Eq. 1 and 3
+        p, tempered = z.softmax(-1).tolist(), (z / r.t_res).softmax(-1).tolist()
+        alpha = -sum(q * math.log(q) for q in tempered if q > 0) / math.log(len(p))
+        return alpha, sum(q * E[j] for j, q in enumerate(tempered if r.temper_delta else p))
+
+    for number, (cells, stop) in enumerate(blocks):
+        if ended:
+            for i in cells:
+                tokens[i] = c.pad_id
+            records[-1] = (list(tokens), *records[-1][1:])
+            continue
+        state = {}  # cell -> (alpha, Delta): the residual stream, cold
+        if s.carry == "residual" and s.start == "warm":
+            z, nfe = predict(reference, {}, stop), nfe + 1
+            state = {i: residual(z[i]) for i in cells}
+        if s.carry == "residual" and s.start == "self":
+            z, nfe = predict(model, {}, stop), nfe + (2 if s.guidance else 1)
+            state = {i: residual(z[i]) for i in cells}
+        left, step = list(cells), 0
+        while left:
+            soft = {}
+            for i in left:
+                alpha, delta = state.get(i, (0.0, torch.zeros(E.shape[1], dtype=torch.double)))
+                soft[i] = ((1 - alpha) * E[c.mask_id] + alpha * delta).float()  # Eq. 2
+            z, nfe = predict(model, soft, stop), nfe + (2 if s.guidance else 1)
+            p = z.softmax(-1)
+            confidence = {i: p[i].max().item() for i in left}
+            entropy = {i: -sum(q * math.log(q) for q in p[i].tolist() if q > 0) for i in left}
+            m = math.ceil(len(left) / max(shares[number] - step, 1)) if s.steps else 1
+            best = sorted(left, key=lambda i: -confidence[i])
+            gaps = [first - second for first, second in p[left].topk(2).values.tolist()]
+            if s.rule in ("static", "threshold") and m < len(best):
+                gaps.append(confidence[best[m - 1]] - confidence[best[m]])
+            if s.rule == "static":
+                commit = best[:m]
+            elif s.rule == "threshold":
+                commit = [i for k, i in enumerate(best) if k < m or confidence[i] > s.threshold]
+                gaps += [abs(confidence[i] - s.threshold) for i in left]
+            elif s.rule == "left-to-right":
+                commit = left[:m]
+            elif s.rule == "entropy":  # the largest k with (H_1 + ... + H_k) - max(H_1, ..., H_k) <= bound
+                calm = sorted(left, key=lambda i: entropy[i])
+                gaps += [abs(sum(entropy[i] for i in calm[:k]) - s.entropy_bound) for k in range(len(calm))]
+                gaps += [entropy[j] - entropy[i] for i, j in zip(calm, calm[1:])]
+                k = max(k for k in range(1, len(calm) + 1) if sum(entropy[i] for i in calm[:k]) - entropy[calm[k - 1]] <= s.entropy_bound)
+                commit = calm[: max(k, m)]
+            margin = min(margin, *gaps)
+            for i in commit:
+                tokens[i] = int(p[i].argmax())
+            left = [i for i in left if i not in commit]
+            state = {i: residual(z[i]) for i in left} if s.carry == "residual" else {}
+            records.append((list(tokens), sorted(commit), confidence, {i: a for i, (a, _) in state.items()}, nfe))
+            step += 1
+        ended = any(tokens[i] in c.eos_ids for i in cells)
+    return records, margin
+
+
+CLOSE = 1e-4
+
+
+def same(steps, records, row=0):
+    """A run of denoise() on one row is the transcription's, step for step."""
+    assert len(steps) == len(records)
+    for step, (tokens, committed, confidence, alpha, nfe) in zip(steps, records):
+        T = len(tokens)
+        assert step.committed[row].nonzero()[:, 0].tolist() == committed
+        assert step.tokens[row, :T].tolist() == tokens
+        for got, expected in ((step.confidence, confidence), (step.alpha, alpha)):
+            assert got[row, :T].tolist() == pytest.approx([expected.get(i, 0.0) for i in range(T)], abs=5e-4)
+        assert step.nfe[row].item() == nfe
+
+
+CANVASES = {  # two rows of what can happen: given tokens in front, within, behind; whole given blocks; a row that begins with masks
+    "prompt": [3, 1, 4, 1, 5, _, _, _, _, _, _, _, _],
+    "scattered": [2, _, _, 7, _, 1, 8, 2, 8, 1, _, 4, _, _, 9],
+}
+KINDS = {
+    "full": dict(), "full shifted": dict(logit_shift=True, qk_norm=False, qkv_bias=True),
+    "blocks": dict(block_size=4), "blocks shifted": dict(block_size=4, logit_shift=True, tied=False),
+}  # fmt: skip
+CHOICES = {
+    "seqd": (Sampler(carry="none"), Residual()),
+    "rcd": (Sampler(), Residual()),
+    "threshold": (Sampler(rule="threshold", threshold=0.5), Residual()),
+    "threshold, seqd": (Sampler(rule="threshold", threshold=0.7, carry="none"), Residual()),
+    "entropy": (Sampler(rule="entropy", entropy_bound=1.2), Residual()),
+    "left-to-right": (Sampler(rule="left-to-right"), Residual()),
+    "warm": (Sampler(rule="threshold", threshold=0.6, start="warm"), Residual()),
+    "self": (Sampler(rule="threshold", threshold=0.6, start="self"), Residual()),
+    "t_res": (Sampler(start="warm"), Residual(t_res=0.7)),
+    "temper_delta": (Sampler(start="warm"), Residual(t_res=0.7, temper_delta=True)),
+    "guidance": (Sampler(guidance=0.8), Residual()),
+    "guidance, self": (Sampler(guidance=0.5, start="self", rule="threshold", threshold=0.7), Residual(t_res=1.3)),
+    "guidance, seqd": (Sampler(guidance=1.5, carry="none"), Residual()),
+    "sub-blocks": (Sampler(block_size=3), Residual()),  # other than the model's own: it reads the canvas in these
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_algorithm_2(tiny, kind, choice):
+    s, r = CHOICES[choice]
+    options = KINDS[kind] | ({"block_size": 3} if s.block_size and "blocks" in kind else {})
+    model, reference = tiny(seed=24, **options), tiny(seed=44, d_model=8, n_layer=1, **options)
+    steps, drawn = [], set()
+    for canvas in CANVASES.values():
+        expected, margin = algorithm_2(model, canvas, s, r, reference)
+        assert margin > CLOSE  # or choose another seed
+        same(drain(model, torch.tensor([canvas]), s, r, reference=reference), expected)
+        steps.append(len(expected))
+        drawn |= {token for token, given_ in zip(expected[-1][0], canvas) if given_ == MASK}
+    assert max(steps) > 2 and len(drawn) > 2  # not all at once, not all the same
+
+
+@pytest.mark.parametrize("rule", ["static", "threshold", "entropy", "left-to-right"])
+@pytest.mark.parametrize("kind, steps, shares", [
+    # blocks of 4 over "prompt": 5 prompt tokens leave 3 + 4 + 1 masks; a bidirectional model counts from the first mask: 4 + 4
+    ("blocks", 5, [2, 2, 1]), ("blocks", 3, [1, 1, 1]), ("blocks", 8, [3, 4, 1]), ("blocks", 99, [3, 4, 1]),
+    ("full", 5, [2, 3]), ("full", 2, [1, 1]), ("full", 6, [3, 3]),
+])  # fmt: skip
+@torch.no_grad()
+def test_algorithm_2_on_a_step_budget(tiny, rule, kind, steps, shares):
+    model = tiny(seed=3, **KINDS[kind])
+    s = Sampler(rule=rule, steps=steps, block_size=4, threshold=0.7, entropy_bound=0.3)
+    got = drain(model, torch.tensor([CANVASES["prompt"]]), s)
+    expected, margin = algorithm_2(model, CANVASES["prompt"], s, Residual(), shares=shares)
+    assert margin > CLOSE
+    same(got, expected)
+    assert got[-1].nfe.item() <= steps
+    if rule in ("static", "left-to-right"):
+        assert got[-1].nfe.item() == min(steps, 8)
+
+
+@pytest.mark.parametrize("choice", ["rcd", "threshold, seqd", "warm", "self", "guidance, self"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_batch_is_alone(tiny, kind, choice):
+    """Rows of every length and fill, each as the transcription does it alone; in any order; end tokens come by chance."""
+    s, r = CHOICES[choice]
+    g = torch.Generator().manual_seed(7)
+    rows = []
+    for n in (1, 3, 4, 5, 8, 11, 14, 15):
+        row = torch.randint(MASK, (n,), generator=g)
+        row[torch.rand(n, generator=g) < 0.6] = MASK
+        row[0] = 2  # a shifted model is given its first token
+        rows.append(row.tolist())
+    rows += [[1] + [_] * 12, [1, 2, 3, 4] + [_] * 8, [1] * 9, [1] * 9 + [_]]
+    lengths = torch.tensor([len(row) for row in rows])
+    canvas = torch.full((len(rows), int(lengths.max())), MASK)  # what follows a row's end may be anything
+    for i, row in enumerate(rows):
+        canvas[i, : len(row)] = torch.tensor(row)
+    endings = compared = runs = 0
+    for block_size in (0, 4) if "full" in kind else (0,):
+        s = replace(s, block_size=block_size)
+        model, reference = tiny(seed=4, eos_ids=(3, 7), pad_id=9, **KINDS[kind]), tiny(seed=5, n_layer=1, **KINDS[kind])
+        for order in (range(len(rows)), torch.randperm(len(rows), generator=g).tolist()):
+            runs += len(rows)
+            steps = drain(model, canvas[list(order)], s, r, lengths=lengths[list(order)], reference=reference)
+            for i, j in enumerate(order):
+                expected, margin = algorithm_2(model, rows[j], s, r, reference)
+                if margin < CLOSE:
+                    continue
+                compared += 1
+                final = expected[-1][0] if expected else rows[j]
+                assert steps[-1].tokens[i, : len(rows[j])].tolist() == final
+                assert (steps[-1].tokens[i, len(rows[j]) :] == 9).all()
+                assert steps[-1].nfe[i].item() == (expected[-1][4] if expected else 0)
+                seen = [step for step in steps if step.committed[i].any()]
+                assert [step.committed[i].nonzero()[:, 0].tolist() for step in seen] == [record[1] for record in expected]
+                for step, (_tokens, _committed, _confidence, alpha, nfe) in zip(seen, expected):
+                    assert step.nfe[i].item() == nfe
+                    assert step.alpha[i].tolist() == pytest.approx([alpha.get(k, 0) for k in range(canvas.shape[1])], abs=5e-4)
+                endings += 9 in final
+    assert endings > 0 and compared > 0.8 * runs
+
+
+@settings(max_examples=30)
+@given(st.data())
+@torch.no_grad()
+def test_the_cache_changes_nothing(tiny, data):
+    """Prompts of many lengths against the block, given cells anywhere, whole given blocks in the middle."""
+    b = data.draw(st.integers(1, 6), "block")
+    shift = data.draw(st.booleans(), "shift")
+    row = st.lists(st.one_of(st.just(MASK), st.just(MASK), st.integers(0, MASK - 1)), min_size=1, max_size=18).map(lambda row: [1] + row)
+    rows = data.draw(st.lists(row, min_size=1, max_size=3), "rows")
+    model = tiny(seed=6, block_size=b, logit_shift=shift, n_layer=2)
+    s = Sampler(rule="threshold", threshold=0.6)
+    lengths = torch.tensor([len(row) for row in rows])
+    canvas = torch.full((len(rows), int(lengths.max())), 5)
+    for i, row in enumerate(rows):
+        canvas[i, : len(row)] = torch.tensor(row)
+    steps = drain(model, canvas, s, lengths=lengths)
+    for i, row in enumerate(rows):
+        expected, margin = algorithm_2(model, row, s, Residual())
+        if expected and margin > CLOSE:
+            assert steps[-1].tokens[i, : len(row)].tolist() == expected[-1][0] and steps[-1].nfe[i].item() == expected[-1][4]
+            last = [step for step in steps if step.committed[i].any()][-1].confidence[i, : len(row)].tolist()
+            assert last == pytest.approx([expected[-1][2].get(k, 0) for k in range(len(row))], abs=5e-4)
+
+
+@torch.no_grad()
+def test_a_cached_forward_reads_no_more_than_the_open_blocks(tiny, monkeypatch):
+    """The prompt costs no forward of its own, a finished block is read once more at the next block's first step, and never again."""
+    model, widths = tiny(seed=1, block_size=4), []
+    plain = Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, x, *rest: (widths.append(x.shape[1]), plain(self, x, *rest))[1])
+    drain(model, torch.tensor([[1] * 9 + [_] * 11]), Sampler(steps=7))  # blocks of 3 + 4 + 4 masks
+    assert widths[0] == 12 and widths.count(8) == 2 and widths.count(4) == 4 and len(widths) == 7
+
+
+@torch.no_grad()
+def test_a_position_is_written_once_by_a_forward(tiny, monkeypatch):
+    """Rows whose windows differ in width are padded on the left: the padding is written to the bin, not over a token."""
+    seen, plain = [], rcd.KVCache.point_at
+    monkeypatch.setattr(rcd.KVCache, "point_at", lambda self, rows, at, stop: (seen.append(at), plain(self, rows, at, stop))[1])
+    drain(tiny(block_size=4, logit_shift=True), torch.tensor([[1] * 9 + [_] * 3, [1] + [_] * 11]))
+    for row in [row for at in seen for row in at]:
+        real = row[row >= 0]
+        assert len(real) == len(real.unique()) and (row >= -1).all()
+    assert any((at < 0).any() for at in seen)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(block_size=4)])
+@torch.no_grad()
+def test_reference_of_another_kind(tiny, options):
+    """A reference with other attention than the target: full for block-causal and the other way round, each reads as it was trained."""
+    model, reference = tiny(seed=1, **options), tiny(seed=2, block_size=0 if options else 4)
+    s = Sampler(start="warm", block_size=4)
+    canvas = [5, 1, 2, 3] + [_] * 8
+    steps = drain(model, torch.tensor([canvas]), s, reference=reference)
+    first = forward(reference, canvas, {}, 8)  # what the reference says of the first block
+    E = model.embedding.double()
+    p = first[4:8].softmax(-1)
+    soft = {}
+    for i in range(4):
+        alpha = -(p[i][p[i] > 0].log() * p[i][p[i] > 0]).sum() / math.log(12)
+        soft[4 + i] = ((1 - alpha) * E[MASK] + alpha * p[i] @ E).float()
+    confidence = forward(model, canvas, soft, 8)[4:8].softmax(-1).amax(-1)
+    assert steps[0].confidence[0, 4:8].tolist() == pytest.approx(confidence.tolist(), abs=1e-4)
+    assert steps[-1].nfe.tolist() == [8 + 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What holds for everything
+
+
+@st.composite
+def runs(draw):
+    """A random model, canvas, lengths and choice of everything."""
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    options = KINDS[kind] | dict(real_vocab=draw(st.sampled_from([0, 9])), eos_ids=draw(st.sampled_from([(), (3,), (3, 5, 7)])), pad_id=2)
+    cell = st.one_of(st.just(MASK), st.just(MASK), st.integers(0, 8))
+    rows = draw(st.lists(st.lists(cell, min_size=1, max_size=12).map(lambda row: [1] + row), min_size=1, max_size=3))
+    rule = draw(st.sampled_from(rcd.RULES))
+    blocks = [len({k // 4 for k, token in enumerate(row) if token == MASK}) for row in rows]  # at least as many as any counting gives
+    steps = draw(st.one_of(st.just(0), st.integers(max(*blocks, 1) + 1, 14)))
+    s = Sampler(
+        rule=rule, steps=steps, threshold=draw(st.floats(0, 1)), entropy_bound=draw(st.floats(0, 3)),
+        block_size=0 if "blocks" in kind else draw(st.sampled_from([0, 4])), carry=draw(st.sampled_from(["residual", "none"])),
+        start=draw(st.sampled_from(rcd.STARTS)), temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 5.0])),
+        top_k=draw(st.sampled_from([0, 1, 3, 50])), top_p=draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
+        guidance=draw(st.sampled_from([0.0, 0.0, 0.7])),
+    )  # fmt: skip
+    r = Residual(draw(st.sampled_from(rcd.WEIGHTS)), 0.3, draw(st.sampled_from([0.5, 1.0, 2.0])), draw(st.booleans()))
+    return options, rows, s, r, draw(st.integers(0, 5))
+
+
+@settings(max_examples=120)
+@given(runs())
+@torch.no_grad()
+def test_invariants(tiny, run):
+    options, rows, s, r, seed = run
+    model, reference = tiny(seed=seed, **options), tiny(seed=seed + 1, n_layer=1, **options)
+    lengths = torch.tensor([len(row) for row in rows])
+    canvas = torch.full((len(rows), int(lengths.max())), MASK)
+    for i, row in enumerate(rows):
+        canvas[i, : len(row)] = torch.tensor(row)
+    original = canvas.clone()
+    inside = torch.arange(canvas.shape[1]) < lengths[:, None]
+    fill = inside & (canvas == MASK)
+
+    passed = torch.zeros(1, dtype=torch.long)  # rows that went through a forward of either model
+    plain = Transformer.forward
+
+    def counting(self, x, *rest):
+        passed.add_(len(x))
+        return plain(self, x, *rest)
+
+    g = torch.Generator().manual_seed(seed)
+    before, done, nfe, tokens = torch.zeros_like(fill), [], torch.zeros(len(rows), dtype=torch.long), torch.where(inside, canvas, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "forward", counting)
+        for step in itertools.islice(denoise(model, canvas, s, r, lengths=lengths, reference=reference, generator=g), 100):
+            done.append(step)
+            fixed = step.committed
+            assert not (fixed & (before | ~fill)).any()  # only what was masked, only once
+            assert (tokens[fixed] == MASK).all() and (step.tokens[fixed] != MASK).all()
+            assert (step.tokens[fixed] < (options["real_vocab"] or MASK)).all()  # padded rows are never drawn
+            before = before | fixed
+            assert torch.equal(step.tokens[~fill], torch.where(inside, original, 2)[~fill])  # given tokens and padding never change
+            assert torch.equal(step.tokens[before & ~fixed], tokens[before & ~fixed])  # nor do committed ones
+            looked = step.confidence > 0
+            assert not (fixed & ~looked).any() and not (looked & (~fill | (before & ~fixed))).any()
+            assert (step.confidence <= 1 + 1e-6).all() and ((step.alpha >= 0) & (step.alpha <= 1 + 1e-6)).all()
+            open_ = step.tokens == MASK
+            assert not (step.alpha > 0)[~(open_ & looked)].any()  # only what is masked and was looked at carries anything
+            if s.carry == "none":
+                assert not step.alpha.any()
+            working = looked.any(1)
+            assert torch.equal(working, fixed.any(1))  # at least one of every row that paid
+            spent = step.nfe - nfe
+            assert (spent[~working] == 0).all()  # a row that is done costs nothing more
+            cost = 2 if s.guidance else 1
+            opening = s.carry == "residual" and {"warm": 1, "self": cost}.get(s.start, 0)
+            assert all(spend in (cost, cost + opening) for spend in spent[working].tolist())
+            nfe, tokens = step.nfe, step.tokens
+    assert torch.equal(canvas, original)  # the caller's tensor is the caller's
+    assert int(nfe.sum()) == int(passed)  # every forward of every row is counted, no forward is wasted on another row
+    if not fill.any():
+        assert not done
+        return
+    final = done[-1].tokens
+    assert not (final == MASK).any()
+    skipped = fill & ~before
+    assert (final[skipped] == 2).all()
+    for i in range(len(rows)):
+        ends = [k for k in range(int(lengths[i])) if before[i, k] and int(final[i, k]) in options["eos_ids"]]
+        assert not skipped[i].any() or (ends and skipped[i].nonzero().min() > ends[0])  # only behind an end are masks left unfilled
+        if s.steps and not (s.carry == "residual" and s.start in ("warm", "self")):
+            assert int(nfe[i]) <= s.steps * (2 if s.guidance else 1)
+    again = drain(model, canvas, s, r, lengths=lengths, reference=reference, generator=torch.Generator().manual_seed(seed))
+    assert all(torch.equal(a, b) for x, y in zip(done, again) for a, b in zip(x[1:], y[1:]))  # the seed decides
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_half_precision(tiny, kind, how):
+    model, reference = tiny(seed=1, **KINDS[kind]), tiny(seed=2, **KINDS[kind])
+    if how == "weights":
+        model, reference = model.bfloat16(), reference.bfloat16()
+    canvas = torch.tensor([CANVASES["prompt"], CANVASES["scattered"][:13]])
+    for s in (Sampler(start="warm"), Sampler(start="dirichlet", rule="entropy", temperature=0.7, top_p=0.9, guidance=0.5)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            steps = drain(model, canvas, s, reference=reference, generator=torch.Generator().manual_seed(0))
+        assert not (steps[-1].tokens == MASK).any() and torch.equal(steps[-1].tokens[canvas != MASK], canvas[canvas != MASK])
+        assert all(step.confidence.dtype == step.alpha.dtype == torch.float32 for step in steps)
+        assert all(bool(step.alpha.isfinite().all()) and step.confidence.max() <= 1 for step in steps)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 40))
+@example([1, 9, 9], 3)  # a share below one half
+@example([9, 9, 1], 3)
+@example([4, 4, 4], 6)
+def test_step_budget(masks, steps):
+    blocks = sum(m > 0 for m in masks)
+    if 0 < steps < blocks:
+        with pytest.raises(ValueError, match=f"steps={steps} is fewer than the {blocks} blocks"):
+            rcd.step_budget(masks, steps)
+        return
+    shares = rcd.step_budget(masks, steps)
+    total = sum(masks)
+    assert sum(shares) == min(steps or total, total)
+    assert all(min(1, m) <= share <= m for m, share in zip(masks, shares))
+    if steps and len(set(masks)) == 1 and masks[0] and steps % blocks == 0 and steps <= total:
+        assert shares == [steps // blocks] * blocks  # what LLaDA asks for: equal blocks, equal steps
+    if 0 < steps <= total and all(steps * m >= total for m in masks):  # in proportion, to the nearest step or the one after it
+        assert all(abs(share - steps * m / total) < 1.5 for m, share in zip(masks, shares))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The draw
+
+
+def logits_of(p: list[float], rows: int = 1) -> torch.Tensor:
+    return torch.tensor([p]).log().repeat(rows, 1)
+
+
+P = [0.05, 0.4, 0.0, 0.25, 0.1, 0.2]
+
+
+def frequencies(s: Sampler, n: int = 20_000) -> torch.Tensor:
+    token, confidence, _e = rcd.draw(logits_of(P, n), s, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(confidence, torch.tensor(P)[token])  # untempered and unfiltered, whatever the draw was
+    return torch.bincount(token, minlength=6) / n
+
+
+def test_greedy_draw_confidence_and_entropy(monkeypatch):
+    monkeypatch.setattr(rcd, "CHUNK", 8)
+    z = torch.cat([logits_of(P), logits_of([0.5, 0.5, 0, 0, 0, 0]), logits_of([0, 0, 0, 0, 0, 1.0])])
+    token, confidence, entropy = rcd.draw(z, Sampler(rule="entropy"), None)
+    assert token.tolist() in ([1, 0, 5], [1, 1, 5]) and confidence.tolist() == pytest.approx([0.4, 0.5, 1])
+    assert entropy.tolist() == pytest.approx([-sum(p * math.log(p) for p in P if p), math.log(2), 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 600])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_frequencies_are_the_tempered_distribution(temperature, chunk, monkeypatch):
+    monkeypatch.setattr(rcd, "CHUNK", chunk)
+    n = 20_000
+    expected = torch.tensor([p ** (1 / temperature) for p in P])
+    expected /= expected.sum()
+    seen = frequencies(Sampler(temperature=temperature), n)
+    assert seen[2] == 0  # what has no probability is never drawn
+    chi2 = ((seen - expected)[expected > 0].square() / expected[expected > 0]).sum() * n
+    assert chi2 < 18.5  # the 0.1 % point at 4 degrees of freedom
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6, 100])
+@pytest.mark.parametrize("top_p", [1.0, 0.99, 0.7, 0.65, 0.6, 0.3, 1e-9])
+def test_nucleus_and_top_k_by_brute_force(top_k, top_p):
+    order = sorted(range(6), key=lambda j: -P[j])[:top_k]
+    kept, mass, total = [], 0.0, sum(P[j] for j in order)
+    for j in order:  # the likeliest tokens until they hold the mass top_p (of what top_k left)
+        if kept and mass / total >= top_p - 1e-9:
+            break
+        kept.append(j)
+        mass += P[j]
+    expected = torch.tensor([P[j] if j in kept else 0.0 for j in range(6)])
+    expected /= expected.sum()
+    seen = frequencies(Sampler(temperature=1.0, top_k=top_k, top_p=top_p))
+    assert {j for j in range(6) if seen[j]} == {j for j in range(6) if expected[j]}
+    assert (seen - expected).abs().max() < 0.015
+
+
+@given(st.integers(0, 999), st.floats(0.1, 5), st.integers(0, 12), st.floats(0.05, 1))
+def test_the_draw_does_not_change_the_confidence(seed, temperature, top_k, top_p):
+    z = 4 * torch.randn(20, 12, generator=torch.Generator().manual_seed(seed))
+    z[:, MASK] = -math.inf
+    s = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, rule="entropy")
+    token, confidence, entropy = rcd.draw(z, s, torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(confidence, z.softmax(-1).gather(1, token[:, None])[:, 0])
+    _t, greedy, entropy_0 = rcd.draw(z, Sampler(rule="entropy"), None)
+    assert (confidence <= greedy + 1e-6).all() and torch.equal(entropy, entropy_0) and not (token == MASK).any()
+    one, _c, _e = rcd.draw(z, replace(s, top_k=1), torch.Generator().manual_seed(seed))
+    tiny_p, _c, _e = rcd.draw(z, replace(s, top_p=1e-9), torch.Generator().manual_seed(seed))
+    assert torch.equal(one, z.argmax(-1)) and torch.equal(tiny_p, z.argmax(-1))
+
+
+def test_top_k_one_is_greedy_to_the_last_token(tiny):
+    model, canvas = tiny(seed=1), torch.tensor([CANVASES["prompt"]])
+    *_x, greedy = denoise(model, canvas, Sampler(rule="threshold", threshold=0.5))
+    *_x, drawn = denoise(model, canvas, Sampler(rule="threshold", threshold=0.5, temperature=1.0, top_k=1))
+    assert torch.equal(greedy.tokens, drawn.tokens) and torch.equal(greedy.nfe, drawn.nfe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The commit rules
+
+
+def rows_of(cells):
+    return [[i for i, (row, _c) in enumerate(cells) if row == r] for r in range(max(row for row, _c in cells) + 1)]
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_commit_rules_by_brute_force(data):
+    """Rows with different numbers of cells and quotas, each on its own."""
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))
+    cells = [(row, column) for row, n in enumerate(counts) for column in range(2, 2 + n)]
+    n = len(cells)
+    confidence = data.draw(st.lists(st.floats(0.125, 0.9375, width=32), min_size=n, max_size=n, unique=True))
+    entropy = data.draw(st.lists(st.floats(0.125, 2, width=32), min_size=n, max_size=n, unique=True))
+    quota = data.draw(st.lists(st.integers(1, 6), min_size=len(counts), max_size=len(counts)))
+    rule = data.draw(st.sampled_from(["static", "threshold", "left-to-right", "entropy"]))
+    s = Sampler(rule=rule, threshold=data.draw(st.floats(0, 1)), entropy_bound=data.draw(st.floats(0, 4)))
+    accept = rcd.choose(s, torch.tensor(cells), torch.tensor(confidence), torch.tensor(entropy), torch.tensor(quota), None).tolist()
+    for row, mine in enumerate(rows_of(cells)):
+        m = quota[row]
+        if rule == "left-to-right":
+            expected = set(mine[:m])
+        elif rule == "entropy":
+            calm = sorted(mine, key=lambda i: entropy[i])
+            margins = [abs(sum(entropy[i] for i in calm[:k]) - s.entropy_bound) for k in range(len(calm))]
+            if margins and min(margins[1:], default=1) < 1e-5:
+                continue  # float32 against float64 on the very bound
+            expected = set(calm[:m]) | {i for k, i in enumerate(calm) if sum(entropy[j] for j in calm[:k]) <= s.entropy_bound}
+        else:
+            expected = set(sorted(mine, key=lambda i: -confidence[i])[:m])
+            if rule == "threshold":
+                expected |= {i for i in mine if confidence[i] > torch.tensor(s.threshold).item()}
+        assert {i for i in mine if accept[i]} == expected
+
+
+def test_a_bound_that_is_met_exactly():
+    """The threshold is strict, the best cell goes always; the sum of entropies may reach its bound."""
+    cells, three = torch.tensor([(0, 0), (0, 1), (0, 2)]), torch.tensor([0.5, 0.75, 1.0])
+    for threshold, expected in ((0.5, [False, True, True]), (0.75, [False, False, True]), (1.0, [False, False, True])):
+        accept = rcd.choose(Sampler(rule="threshold", threshold=threshold), cells, three, three, torch.tensor([1]), None)
+        assert accept.tolist() == expected
+    for bound, expected in ((0.5, [True, True, False]), (1.25, [True, True, True]), (0.0, [True, False, False])):
+        accept = rcd.choose(Sampler(rule="entropy", entropy_bound=bound), cells, three, three, torch.tensor([1]), None)
+        assert accept.tolist() == expected
+
+
+def test_the_random_rule_takes_every_cell_equally_often():
+    cells = torch.tensor([(0, 3), (0, 4), (0, 5), (0, 9), (1, 0), (1, 1)])
+    g, taken = torch.Generator().manual_seed(0), torch.zeros(6)
+    for _i in range(3000):
+        accept = rcd.choose(
+            Sampler(rule="random"), cells, torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1, 0.9]), torch.zeros(6), torch.tensor([3, 1]), g
+        )
+        assert accept[:4].sum() == 3 and accept[4:].sum() == 1
+        taken += accept
+    assert ((taken / 3000 - torch.tensor([0.75] * 4 + [0.5] * 2)).abs() < 0.035).all()
+
+
+def test_the_dirichlet_start_is_uniform_over_distributions(tiny):
+    """Dirichlet(1, ..., 1) over the tokens that can be drawn: the mean of alpha log V is the harmonic number H_n - 1, known exactly."""
+    model = tiny(seed=1, real_vocab=9, max_len=4000)
+    seen = []
+
+    class Spy(Residual):
+        def __call__(self, logits, embedding):
+            seen.append(logits)
+            return super().__call__(logits, embedding)
+
+    canvas = torch.full((2, 1500), MASK)
+    step = next(
+        denoise(model, canvas, Sampler(start="dirichlet", rule="threshold", threshold=0), Spy(), generator=torch.Generator().manual_seed(0))
+    )
+    p = seen[0].softmax(-1)  # (3000, 12)
+    assert p.shape == (3000, 12) and not p[:, 9:].any() and step.nfe.tolist() == [1, 1]
+    assert (p[:, :9].mean(0) - 1 / 9).abs().max() < 0.01
+    assert (p[:, :9].square().mean(0) - 2 / 90).abs().max() < 0.003  # E p_i^2 = 2 / (n (n + 1))
+    entropy = torch.special.entr(p).sum(-1).mean().item()
+    assert entropy == pytest.approx(sum(1 / k for k in range(2, 10)), rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Models with a plan
+
+
+class Scripted(Transformer):
+    """Predicts what its script says for a position, whatever it reads."""
+
+    def __init__(self, script: list[int], **options):
+        size = dict(vocab_size=12, mask_id=MASK, d_model=12, n_layer=1, d_ff=4, tied=False, max_len=64)
+        super().__init__(rcd.Config(**{**size, **options}))
+        self.lm_head.weight.data = torch.eye(12)
+        self.table = 9.0 * self.lm_head.weight.data[script]  # (T, D): hidden states that are the logits
+        self.reads = 0
+
+    def forward(self, x, positions, mask=None, cache=None):
+        self.reads += len(x)
+        return self.table[positions].expand(len(x), -1, -1)
+
+
+SCRIPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 2
+
+
+@pytest.mark.parametrize("options, block", [(dict(block_size=4), 0), (dict(), 4)])
+@pytest.mark.parametrize("steps, per_block", [(0, 4), (4, 2)])
+def test_an_end_token_ends_its_row_at_its_blocks_end(options, block, steps, per_block):
+    """7 and 3 are ends. Row 0 draws 7 at position 6, row 1 draws none, row 2 was *given* both, row 3 draws 3 at position 2."""
+    model = Scripted(SCRIPT[:12], eos_ids=(7, 3), pad_id=0, **options)
+    rows = [
+        [1, 2, 9, 4, _, _, _, _, _, _, _, _],
+        [1, 2, 9, 4, _, _, 5, 5, _, _, _, _],
+        [1, 2, 3, 4, _, _, 7, _, _, _, _, _],
+        [1, 2, _, _, _, _, _, _, _, _, _, _],  # blocks of a bidirectional model begin at the first mask
+    ]
+    expected = [
+        [1, 2, 9, 4, 5, 6, 7, 8, 0, 0, 0, 0],  # the block is finished, what follows is padding
+        [1, 2, 9, 4, 5, 6, 5, 5, 9, 10, 1, 2],
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2],  # a given end is part of the question
+        [1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0] if options else [1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0, 0],
+    ]
+    s = Sampler(block_size=block, steps=steps)
+    last = drain(model, torch.tensor(rows), s)[-1]
+    assert last.tokens.tolist() == expected
+    assert last.nfe[0] == per_block  # nothing more
+    assert model.reads == int(last.nfe.sum())
+    for row, tokens, nfe in zip(rows, expected, last.nfe.tolist()):
+        last = drain(model, torch.tensor([row]), s)[-1]
+        assert last.tokens[0].tolist() == tokens and last.nfe.tolist() == [nfe]
+
+
+def test_responses_are_cut_at_the_first_end():
+    model = Scripted(SCRIPT, eos_ids=(7, 9), block_size=4)
+    responses, nfe = generate(model, [[1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [7, 1], [1] * 16], 6)
+    assert responses[0] == [4, 5, 6]  # 3 prompt tokens; 7 at position 6
+    assert responses[1] == [8]  # 9 at position 8, in the second block that it opened
+    assert responses[2] == [3, 4, 5, 6]
+    assert responses[3] == []  # an end at once is an empty response
+    assert nfe == [1 + 4, 1 + 4, 2 + 4, 4]
+    model = Scripted(SCRIPT)
+    assert generate(model, [[1, 1], [3, 3, 3, 3]], 3) == ([[3, 4, 5], [5, 6, 7]], [3, 3])
+
+
+def test_block_causal_canvases_are_whole_blocks():
+    model = Scripted(SCRIPT, block_size=4)
+    responses, nfe = generate(model, [[1, 1], [3, 3, 3, 3], [1, 1, 1]], 3)
+    assert [len(r) for r in responses] == [6, 4, 5] and nfe == [6, 4, 5]
+    canvas, lengths = rcd.canvas_for(model.config, [[5], [6] * 9], 3)
+    assert lengths.tolist() == [4, 12] and canvas.shape == (2, 12) and canvas[1].tolist() == [6] * 9 + [_] * 3
+    assert canvas[0, :4].tolist() == [5, _, _, _]
+    canvas, lengths = rcd.canvas_for(model.config, [[5], [6] * 9], 3, block_size=5)
+    assert lengths.tolist() == [5, 15]
+    canvas, lengths = rcd.canvas_for(Scripted(SCRIPT).config, [[5], [6] * 9], 3, block_size=5)
+    assert lengths.tolist() == [4, 12]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block_size", [0, 3])
+def test_a_model_that_always_prefers_the_mask_fills_everything(tiny, block_size, temperature):
+    model = tiny(seed=1, tied=False, block_size=block_size, real_vocab=10)
+    with torch.no_grad():
+        for layer in model.layers:  # hidden = norm(embedding), whose first number is always large
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+        model.embed_tokens.weight[:, 0] = 20
+        model.norm.weight.fill_(1)
+        model.lm_head.weight[MASK], model.lm_head.weight[10] = 0, 0
+        model.lm_head.weight[MASK, 0], model.lm_head.weight[10, 0] = 100, 90  # and a padded row of the table comes second
+        h = model(model.embed(torch.tensor([[3, _, 4, _]])), torch.arange(4)[None])
+        assert ((h @ model.head.T).argsort(-1, descending=True)[..., :2] == torch.tensor([MASK, 10])).all()
+    for s in (
+        Sampler(),
+        Sampler(rule="threshold", threshold=0.5, guidance=0.5),
+        Sampler(start="self", steps=5),
+        Sampler(start="dirichlet", top_k=3),
+    ):
+        s = replace(s, temperature=temperature)
+        *_x, last = denoise(model, torch.tensor([[3, _, 4, _, _, _, _, 2, _]]), s, generator=torch.Generator().manual_seed(0))
+        assert (last.tokens < 10).all()
+
+
+def test_nothing_to_fill_yields_nothing(tiny):
+    for options in KINDS.values():
+        model = tiny(**options)
+        assert drain(model, torch.tensor([[1, 2, 3], [4, 5, 6]])) == []
+        assert drain(model, torch.tensor([[1, 2, _], [4, 5, _]]), lengths=torch.tensor([2, 2])) == []  # padding is not to be filled
+        assert drain(model, torch.tensor([[1, 2, 3]]), Sampler(steps=4, start="self")) == []
+        steps = drain(model, torch.tensor([[1, 2, 3], [4, _, 6]]))
+        assert len(steps) == 1 and steps[0].nfe.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_is_denoise(tiny, kind):
+    model = tiny(seed=2, eos_ids=(4,), **KINDS[kind])
+    prompts = [[1, 2, 3], [5], [6, 7, 8, 9, 10, 0, 1]]
+    s = Sampler(rule="threshold", threshold=0.4, block_size=0 if "blocks" in kind else 3)
+    responses, nfe = generate(model, prompts, 7, s)
+    for prompt, response, n in zip(prompts, responses, nfe):
+        length = len(prompt) + 7
+        length = -(-length // 4) * 4 if "blocks" in kind else length
+        with torch.no_grad():
+            expected, margin = algorithm_2(model, prompt + [_] * (length - len(prompt)), s, Residual())
+        assert margin > CLOSE
+        row = expected[-1][0][len(prompt) :]
+        assert response == list(itertools.takewhile(lambda token: token != 4, row)) and n == expected[-1][4]
+
+
+def test_a_record_is_a_snapshot(tiny):
+    steps = drain(tiny(seed=1), torch.tensor([CANVASES["prompt"]]))
+    assert [int((step.tokens == MASK).sum()) for step in steps] == list(range(7, -1, -1))
+    assert [step.nfe.item() for step in steps] == list(range(1, 9))
+    assert [step.block for step in denoise(tiny(seed=1, block_size=4), torch.tensor([CANVASES["prompt"]]))] == [0] * 3 + [1] * 4 + [2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(rule="best"), "rule='best': choose from static, threshold"), (dict(carry="all"), "carry='all': choose from residual, none"),
+    (dict(start="hot"), "start='hot': choose from cold, warm"),
+    (dict(steps=-1), "steps=-1"), (dict(block_size=-4), "block_size=-4"), (dict(top_k=-1), "top_k=-1"),
+    (dict(guidance=-0.5), "guidance=-0.5"), (dict(guidance=math.nan), "guidance=nan"),
+    (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=math.nan), "temperature=nan"),
+    (dict(temperature=math.inf), "temperature=inf"),
+    (dict(entropy_bound=-0.1), "entropy_bound=-0.1"), (dict(entropy_bound=math.nan), "entropy_bound=nan"),
+    (dict(top_p=0.0), "top_p=0.0"), (dict(top_p=1.5), "top_p=1.5"), (dict(top_p=math.nan), "top_p=nan"),
+    (dict(threshold=1.2), "threshold=1.2"), (dict(threshold=-0.1), "threshold=-0.1"), (dict(threshold=math.nan), "threshold=nan"),
+])  # fmt: skip
+def test_bad_choices(options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Sampler(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_the_model(tiny):
+    def refused(says, model, canvas, s=None, **more):
+        with pytest.raises(ValueError, match=says) as error:
+            next(denoise(model, torch.tensor(canvas), s or Sampler(), **more))
+        assert "\n" not in str(error.value)
+
+    refused("max_len=8", tiny(max_len=8), [[_] * 9])
+    refused("max_len=8", tiny(), [[_] * 9], Sampler(start="warm"), reference=tiny(max_len=8))
+    refused("start=warm needs the reference", tiny(), [[_] * 9], Sampler(start="warm"))
+    refused("steps=2 is fewer than the 3 blocks", tiny(block_size=3), [[_] * 9], Sampler(steps=2))
+    refused("first token", tiny(logit_shift=True), [[1, 2], [_, 2]])
+    for other in (tiny(vocab_size=13), tiny(mask_id=5)):  # they must share a tokenizer
+        refused("reference", tiny(), [[_] * 9], Sampler(start="warm"), reference=other)
+    refused("lengths", tiny(block_size=4), [[_] * 9], lengths=torch.tensor([10]))
+    next(denoise(tiny(), torch.tensor([[_] * 9]), Sampler(start="warm", carry="none")))  # SeqD has nothing to warm
+    with pytest.raises(ValueError, match="max_new=0"):
+        generate(tiny(), [[1]], 0)
+    with pytest.raises(ValueError, match="mask token"):
+        generate(tiny(), [[1], [1, MASK]], 3)
