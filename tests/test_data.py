@@ -120,7 +120,7 @@ def same_up_to_names(grid):
 
 @pytest.mark.parametrize("name,argv,n,boxes,shown", [
     ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3), ("latin", ("--size", "9",), 9, None, 22),
-    ("sudoku", (), 6, (2, 3), 12), ("sudoku", ("--given", "10"), 6, (2, 3), 10), ("sudoku9", (), 9, (3, 3), 32)])
+    ("sudoku", (), 6, (2, 3), 10), ("sudoku", ("--given", "12"), 6, (2, 3), 12), ("sudoku9", (), 9, (3, 3), 32)])
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
     assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1 and dataset.mask_id == n and dataset.eos_id is None
