@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1 << 25  # elements: an (N, V) float32 temporary never exceeds this many (128 MiB), whatever V is
+CHUNK = 1 << 25  # elements: float32 temporaries of (N, V) never exceed this many (128 MiB); only the sampler keeps all logits of a step
 
 
 def row_chunks(n: int, vocab_size: int) -> Iterator[slice]:
@@ -436,6 +436,10 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
     """
     if response is None:
         response = torch.ones_like(tokens, dtype=torch.bool)
+    if model.config.logit_shift:  # nothing stands before a document's first token: it has no row to be predicted from, and is always given
+        first = torch.ones_like(response)
+        first[:, 1:] = False if segments is None else segments[:, 1:] != segments[:, :-1]
+        response = response & ~first
     if not bool(response.any()):
         raise ValueError("nothing to learn: no token of this batch belongs to a response")
     t = sample_t(len(tokens), generator, tokens.device) if t is None else t
@@ -624,21 +628,22 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
     """
     c, s, device = model.config, sampler, canvas.device
+    if canvas.dim() != 2 or not canvas.numel() or not bool(((canvas >= 0) & (canvas < c.vocab_size)).all()):
+        raise ValueError(f"a canvas holds ids below {c.vocab_size} in (B, T), both at least 1; this one is {tuple(canvas.shape)}")
     B, T = canvas.shape
-    tokens = canvas.clone()
     lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
     if bool((lengths > T).any()):
         raise ValueError(f"lengths={lengths.tolist()} exceed the canvas of {T} tokens")
     inside = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
     fill = inside & (canvas == c.mask_id)  # (B, T): what is to be filled
-    tokens = torch.where(inside, tokens, c.pad_id)
+    tokens = torch.where(inside, canvas, c.pad_id)
     begin = s.start if s.carry == "residual" else "cold"
     if begin == "warm" and reference is None:
         raise ValueError("start=warm needs the reference model: give it, or choose start=cold")
     if begin == "warm":
         check_reference(model, reference)
-    for m in (model, reference):
-        if m is not None and T > m.config.max_len:
+    for m in (model, reference) if begin == "warm" else (model,):
+        if T > m.config.max_len:
             raise ValueError(f"a canvas of {T} tokens is longer than the model's max_len={m.config.max_len}")
 
     # Where each row's blocks lie. Block-causal models count blocks from position 0, given tokens included; others from the first mask.
@@ -730,8 +735,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new: int, sampler
 
 def canvas_for(c: Config, prompts: list[list[int]], max_new: int, block_size: int = 0) -> tuple[Tensor, Tensor]:
     """Right-padded canvas (B, T) of prompt + max_new masks, and lengths (B,), rounded up to whole blocks for a block-causal model."""
-    if max_new < 1:
-        raise ValueError(f"max_new={max_new} must be at least 1")
+    if max_new < 1 or not prompts:
+        raise ValueError(f"max_new={max_new} must be at least 1, and so must be the number of prompts ({len(prompts)})")
     if any(c.mask_id in prompt for prompt in prompts):
         raise ValueError("a prompt holds the mask token; to fill masks inside a text call denoise() on the canvas")
     block = (block_size or c.block_size) if c.block_size else 1
@@ -772,6 +777,7 @@ class Trajectories:
         empty = (~s["masked"].any(dim=1)).nonzero()[:, 0]
         if len(empty):
             s["tokens"][empty], s["response"][empty] = fresh(len(empty))
+            s["response"][:, 0] &= not model.config.logit_shift  # nothing stands before the first token to predict it from
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
             most = s["response"][empty].sum(1).clamp(min=2)
             u, v, w = torch.rand(3, len(empty), generator=generator, device=device)

@@ -207,7 +207,7 @@ def test_a_pinned_revision(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name, match", [("nobody/nothing",
-    "cannot get nobody/nothing from the hub: .* on this machine there are: none yet"), ("JetLM/SDAR-tiny@v9", "at revision v9"),
+    "cannot get nobody/nothing from the hub: .* on this machine there are: sudoku/reference, sudoku/target"), ("JetLM/SDAR-tiny@v9", "at revision v9"),
                                          ("JetLM/--", "cannot get")])  # fmt: skip
 def test_what_is_not_there(hub, tmp_path, name, match):
     publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"))

@@ -403,6 +403,17 @@ def test_a_reference_with_another_vocabulary_is_an_error(tiny, options):
         diffusion_loss(tiny(), random_tokens(2, 5), context=reference_context(tiny(**options), Residual()))
 
 
+@pytest.mark.parametrize("block_size", [0, 2])
+def test_a_shifted_model_never_predicts_the_first_token_of_a_document(tiny, block_size):
+    """There is no row before it; in a packed row there is one, but it belongs to the neighbour."""
+    model, tokens, t = tiny(seed=1, logit_shift=True, block_size=block_size), random_tokens(1, 6), torch.ones(1, 1)
+    packed = diffusion_loss(model, tokens, t=t, segments=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    alone = [diffusion_loss(model, part, t=t) for part in tokens.split(3, dim=1)]
+    assert packed.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)  # two tokens of each count
+    given = torch.tensor([[False, True, True]])
+    assert alone[0].item() == pytest.approx(diffusion_loss(model, tokens[:, :3], given, t=t).item(), rel=1e-6)
+
+
 def test_nothing_to_learn_is_an_error(tiny):
     with pytest.raises(ValueError, match="nothing to learn"):
         diffusion_loss(tiny(), random_tokens(2, 5), torch.zeros(2, 5, dtype=torch.bool))

@@ -759,6 +759,10 @@ def test_what_does_not_fit_the_model(tiny):
     for other in (tiny(vocab_size=13), tiny(mask_id=5)):  # they must share a tokenizer
         refused("reference", tiny(), [[_] * 9], Sampler(start="warm"), reference=other)
     refused("lengths", tiny(block_size=4), [[_] * 9], lengths=torch.tensor([10]))
+    for strange in ([[]], [[_, 12]], [[_, -1]]):
+        refused("ids below 12", tiny(), strange)
+    with pytest.raises(ValueError, match="number of prompts"):
+        generate(tiny(), [], 3)
     next(denoise(tiny(), torch.tensor([[_] * 9]), Sampler(start="warm", carry="none")))  # SeqD has nothing to warm
     with pytest.raises(ValueError, match="max_new=0"):
         generate(tiny(), [[1]], 0)

@@ -439,7 +439,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(zoo.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         CharTokenizer("cd", []).save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before

@@ -586,7 +586,7 @@ def refused(folder: Path, match: str, kind: type = ValueError) -> None:
     ("shared_expert_intermediate_size", 8), ("partial_rotary_factor", 2.0),
 ])  # fmt: skip
 def test_unexpected_settings_are_named(tmp_path, key, value):
-    refused(sdar(tmp_path, **{key: value, "num_experts": 0}), key)
+    refused(sdar(tmp_path, **{key: value, "num_experts": 0}), {"partial_rotary_factor": "rotary_dim=32"}.get(key, key))
 
 
 @pytest.mark.parametrize("key, value", [("alibi", True), ("activation_type", "gelu"), ("block_type", "sequential"), ("layer_norm_type",
