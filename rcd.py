@@ -11,19 +11,15 @@ distribution becomes a soft embedding, and that is mixed into the [MASK] embeddi
 Training (Algorithm 1) has two stages. Fine-tune a reference with the plain masked loss and freeze it; then train the target, started from
 the same base, on inputs e built from the reference's p. Sampling (Algorithm 2) feeds the target its own p of the step before.
 
-Read from top to bottom:  1 Config   2 Transformer   3 Forward process and masks   4 The residual   5 The loss   6 The sampler   7 Files
+Read from top to bottom:  1 Config   2 Transformer   3 Forward process and masks   4 The residual   5 The loss   6 The sampler
 
 Shapes: B batch, T canvas length, b block length, D width, V vocabulary, H heads, G key-value heads, K head width, N rows that matter (the
 masked ones): lm_head, softmax, entropy and p.E never run on any other row.
 """
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -806,72 +802,3 @@ class Trajectories:
             s["masked"] = masked.index_put(where, ~commit)
             s["left"] = (s["left"] - 1).clamp(min=1)
         return loss
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# 7. Files: safetensors and JSON, never half-written, nothing unpickled
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary path beside it), fsync, rename: whoever reads path finds the old file or the new one, never a part of one."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
-    try:
-        write(Path(name))
-        with open(name, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def save(model: Transformer, folder: Path) -> None:
-    """folder/model.safetensors and folder/config.json, which load() reads."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps({"model_type": "rcd", **asdict(model.config)}, indent=1)
-    write_atomic(folder / "config.json", lambda path: path.write_text(text + "\n"))
-
-
-def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a run folder. Raises FileNotFoundError or ValueError in one line that names what is missing or does not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
-    try:
-        values = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors", device=str(device))
-    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} holds a damaged file: {error}") from None
-    if not isinstance(values, dict) or values.pop("model_type", "") != "rcd":
-        raise ValueError(f"{folder}/config.json is not of this project's own format; load pretrained folders with zoo.load()")
-    try:
-        config = Config.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
-    with torch.device("meta"):
-        model = Transformer(config)
-    assign_tensors(model, tensors, dtype, str(folder))
-    return model
-
-
-def assign_tensors(model: Transformer, tensors: dict[str, Tensor], dtype: torch.dtype | None, source: str) -> None:
-    """Put tensors into a meta-device model; every missing, unexpected or misshapen one is listed by name, and nothing is half-loaded."""
-    expected = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = [f"missing {name}" for name in expected if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in expected]
-    wrong += [f"{n} is {tuple(t.shape)}, expected {tuple(expected[n])}" for n, t in tensors.items() if n in expected and t.shape != expected[n]]
-    if wrong:
-        raise ValueError(f"{source}: the tensors do not fit the config: {'; '.join(wrong)}")
-    model.load_state_dict({n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}, assign=True)

@@ -44,7 +44,8 @@ from tqdm import tqdm
 import data
 import zoo
 from data.common import read_text
-from rcd import Residual, Sampler, Step, Transformer, canvas_for, denoise, write_atomic
+from rcd import Residual, Sampler, Step, Transformer, canvas_for, denoise
+from zoo.files import write_atomic
 from zoo.templates import encode_chat
 from zoo.tokenizer import CharTokenizer
 

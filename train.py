@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 import data
 import zoo
-from rcd import Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, load, reference_context, sample_t, save, write_atomic
+from rcd import Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, reference_context, sample_t
 from sample import Setting, arguments, autocast, evaluate, pick_device, run, sweep, table
+from zoo.files import load, save, write_atomic
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import FORMAT, SPLITS, load
-from rcd import write_atomic
+from zoo.files import write_atomic
 from zoo.tokenizer import ORIGINALS, Tokenizer
 
 

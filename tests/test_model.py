@@ -10,6 +10,7 @@ import transformers
 
 import rcd
 from rcd import Config, Transformer
+from zoo import files
 
 T, V = 9, 13
 FAMILIES = {
@@ -278,15 +279,15 @@ def test_config_refuses_what_cannot_be_a_model():
 @pytest.mark.parametrize("options", [dict(), dict(tied=False, qkv_bias=True, qk_norm=False, eos_ids=(3, 5), real_vocab=10, block_size=4)])
 def test_save_and_load(tiny, tmp_path, options):
     model = tiny(**options)
-    rcd.save(model, tmp_path / "deep" / "run")
-    again = rcd.load(tmp_path / "deep" / "run")
+    files.save(model, tmp_path / "deep" / "run")
+    again = files.load(tmp_path / "deep" / "run")
     assert again.config == model.config
     assert {n: p.dtype for n, p in again.named_parameters()} == {n: torch.float32 for n, _ in model.named_parameters()}
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters()):
         assert torch.equal(a, b) and b.requires_grad and b.device.type == "cpu", name
     ids, positions = torch.tensor([[1, 2, 3, 11]]), torch.arange(4)[None]
     assert torch.equal(again(again.embed(ids), positions), model(model.embed(ids), positions))
-    half = rcd.load(tmp_path / "deep" / "run", dtype=torch.bfloat16)
+    half = files.load(tmp_path / "deep" / "run", dtype=torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), half.parameters()))
     assert json.loads((tmp_path / "deep" / "run" / "config.json").read_text())["model_type"] == "rcd"
     assert sorted(p.name for p in (tmp_path / "deep" / "run").iterdir()) == ["config.json", "model.safetensors"]  # no leftovers
@@ -302,7 +303,7 @@ def test_every_tensor_that_does_not_fit_is_named(tiny, tmp_path):
     with torch.device("meta"):
         empty = Transformer(model.config)
     with pytest.raises(ValueError) as error:
-        rcd.assign_tensors(empty, tensors, None, "somewhere")
+        files.assign_tensors(empty, tensors, None, "somewhere")
     message = str(error.value)
     assert "\n" not in message and message.startswith("somewhere: ")
     for part in ("missing norm.weight", "missing layers.1.mlp.up_proj.weight", "unexpected layers.2.mlp.up_proj.weight",
@@ -315,11 +316,11 @@ def test_every_tensor_that_does_not_fit_is_named(tiny, tmp_path):
 def test_a_folder_that_cannot_be_loaded_says_why_in_one_line(tiny, tmp_path):
     def refused(kind, says):
         with pytest.raises(kind, match=says) as error:
-            rcd.load(tmp_path)
+            files.load(tmp_path)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
     refused(FileNotFoundError, "no config.json")
-    rcd.save(tiny(), tmp_path)
+    files.save(tiny(), tmp_path)
     weights, config = (tmp_path / "model.safetensors"), (tmp_path / "config.json")
     good, text = weights.read_bytes(), config.read_text()
     for size in (0, 5, 100, len(good) - 1):
@@ -339,7 +340,7 @@ def test_a_folder_that_cannot_be_loaded_says_why_in_one_line(tiny, tmp_path):
 
 
 def test_a_config_of_the_wrong_kind_is_one_line_too(tiny, tmp_path):
-    rcd.save(tiny(), tmp_path)
+    files.save(tiny(), tmp_path)
     config = tmp_path / "config.json"
     text = config.read_text()
     for damaged in ("[1, 2]", "3", text.replace('"n_layer": 2', '"n_layer": "two"'), text.replace('"eos_ids": []', '"eos_ids": null'),
@@ -347,13 +348,13 @@ def test_a_config_of_the_wrong_kind_is_one_line_too(tiny, tmp_path):
         assert damaged != text
         config.write_text(damaged)
         with pytest.raises(ValueError) as error:
-            rcd.load(tmp_path)
+            files.load(tmp_path)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    rcd.write_atomic(path, lambda p: p.write_text("old"))
+    files.write_atomic(path, lambda p: p.write_text("old"))
     assert path.read_text() == "old" and path.stat().st_mode & 0o777 == 0o644
 
     def half(p):
@@ -361,21 +362,21 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rcd.write_atomic(path, half)
+        files.write_atomic(path, half)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
     order = []
-    monkeypatch.setattr(rcd.os, "fsync", lambda fd: order.append("fsync"))
-    replace = rcd.os.replace
-    monkeypatch.setattr(rcd.os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
-    rcd.write_atomic(path, lambda p: (order.append("write"), p.write_text("new")))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: order.append("fsync"))
+    replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    files.write_atomic(path, lambda p: (order.append("write"), p.write_text("new")))
     assert path.read_text() == "new" and order == ["write", "fsync", "replace"]
 
 
 def test_a_save_that_fails_keeps_the_model_that_was_there(tiny, tmp_path, monkeypatch):
     import safetensors.torch
 
-    rcd.save(tiny(seed=0), tmp_path)
+    files.save(tiny(seed=0), tmp_path)
 
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"part of it")
@@ -383,6 +384,6 @@ def test_a_save_that_fails_keeps_the_model_that_was_there(tiny, tmp_path, monkey
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        rcd.save(tiny(seed=1), tmp_path)
-    assert torch.equal(rcd.load(tmp_path).embedding, tiny(seed=0).embedding)
+        files.save(tiny(seed=1), tmp_path)
+    assert torch.equal(files.load(tmp_path).embedding, tiny(seed=0).embedding)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import rcd
 import sample
 from rcd import Residual, Sampler, denoise
+from zoo import files
 from zoo import tokenizer as tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ BYTES = tokenizers.bytes_tokenizer(["<eos>", "<mask>"])
 
 def save_run(folder: Path, tokenizer, meta: dict, seed: int, **config) -> rcd.Transformer:
     model = tiny_model(seed, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.specials["<mask>"], **config)
-    rcd.save(model, folder)
+    files.save(model, folder)
     tokenizer.save(folder)
     (folder / "train.json").write_text(json.dumps(meta))
     return model

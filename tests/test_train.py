@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import train
 from data.sudoku import prepare
-from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss, load
+from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss
+from zoo.files import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_head=1", "--d_model=32", "--eval_every=2", "--eval_items=2",

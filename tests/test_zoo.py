@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import rcd
 import zoo
-from zoo import checkpoint
+from zoo import checkpoint, files
 from zoo.__main__ import main
 from zoo.tokenizer import bytes_tokenizer
 
@@ -540,7 +540,7 @@ def test_names_runs_and_order(tmp_path, monkeypatch, capsys, tiny):
     """A run under out/ by its name, with what train.json says; an unknown name lists what there is."""
     model, tokens = tiny(vocab_size=258, mask_id=MASK), bytes_tokenizer(["<eos>", "<mask>"])
     folder = tmp_path / "out/toy/target"
-    rcd.save(model, folder)
+    files.save(model, folder)
     tokens.save(folder)
     (folder / "train.json").write_text(json.dumps({"data": "toy", "sampler": {"steps": 8}}))
     monkeypatch.chdir(tmp_path)

@@ -64,7 +64,7 @@ def load(name: str | Path, device: "str | torch.device" = "cpu", dtype: "torch.d
     Raises FileNotFoundError (no such model, a file is missing) or ValueError (damaged, unknown family, settings that we would compute
     wrongly), each in one line.
     """
-    from rcd import load as load_run
+    from zoo.files import load as load_run
     from zoo import tokenizer
 
     folder = find(name)

@@ -27,6 +27,7 @@ import rcd
 from zoo import Loaded, read_json, tokenizer
 from zoo.families import FAMILIES
 from zoo.family import Plan, Settings, Source
+from zoo.files import save as save_run
 from zoo.templates import TEMPLATES
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -234,7 +235,7 @@ def save(loaded: Loaded, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     work = Path(tempfile.mkdtemp(dir=folder, prefix=".save."))
     try:
         if values.get("model_type") == "rcd":
-            rcd.save(loaded.model, work)
+            save_run(loaded.model, work)
         else:
             write(loaded, values, work, shard_bytes)
         loaded.tokenizer.save(work)

@@ -35,6 +35,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from zoo.files import write_atomic
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # vocab.json + merges.txt do not say how text is split and whether it is normalised: the class named in tokenizer_config.json does
@@ -92,8 +94,6 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write our own tokenizer.json or copy the hub's files byte for byte; each file appears whole or not at all."""
-        from rcd import write_atomic  # here, because reading a tokenizer needs no torch
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {path.name: path.read_bytes() for path in self.originals}

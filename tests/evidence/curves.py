@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
-from rcd import write_atomic
+from zoo.files import write_atomic
 
 STAGES = ("base", "reference", "target")
 

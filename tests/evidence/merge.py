@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
-from rcd import write_atomic
+from zoo.files import write_atomic
 
 
 def bootstrap(correct: np.ndarray, draws: int = 2000) -> tuple[float, float]:
