@@ -1,9 +1,10 @@
 """Running sums: a chain of thought in which every step needs the one before.
 
-    37+58+16+94=95,111,205.
+    4+6+9+7+1+7=10,19,26,27,34.
 
-The prompt is a sum of two-digit numbers, the response writes down every partial sum: 37+58 = 95, 95+16 = 111, 111+94 = 205. A model that
-fills all positions in one pass would have to do all the additions at once; filling one token at a time it only ever adds two numbers.
+The prompt is a sum of digits, the response writes down every partial sum: 4+6 = 10, 10+9 = 19, ..., 27+7 = 34. A model that fills all
+positions in one pass would have to do all the additions at once; filling one token at a time it only ever adds two numbers. Longer numbers
+(--digits=2) are a good deal harder to learn: carries go from right to left, the digits are written from left to right.
 The answer counts when every partial sum is right. Characters are tokens; the response is padded with <eos> to a fixed length.
 
 Two problems with the same terms in another order are the same problem: they always fall into the same split.
@@ -35,8 +36,8 @@ def check(filled: str, solution: str, given: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--terms", type=int, default=4, help="numbers to add, 2 to 20: the chain has one step less")
-    parser.add_argument("--digits", type=int, default=2, help="digits of each number, 1 to 6")
+    parser.add_argument("--terms", type=int, default=6, help="numbers to add, 2 to 20: the chain has one step less")
+    parser.add_argument("--digits", type=int, default=1, help="digits of each number, 1 to 6")
     sizes(parser, train=100_000)
     args = parser.parse_args(argv)
     if not (2 <= args.terms <= 20 and 1 <= args.digits <= 6):
