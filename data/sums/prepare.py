@@ -3,8 +3,9 @@
     4+6+9+7+1+7=10,19,26,27,34.
 
 The prompt is a sum of digits, the response writes down every partial sum: 4+6 = 10, 10+9 = 19, ..., 27+7 = 34. A model that fills all
-positions in one pass would have to do all the additions at once; filling one token at a time it only ever adds two numbers. Longer numbers
-(--digits=2) are a good deal harder to learn: carries go from right to left, the digits are written from left to right.
+positions in one pass has to do all the additions at once; filling one token at a time it only ever adds two numbers. At this length a small
+model still learns to do both; more --terms make the chain longer, and --digits=2 is a good deal harder to learn: carries go from right to left,
+the digits are written from left to right.
 The answer counts when every partial sum is right. Characters are tokens; the response is padded with <eos> to a fixed length.
 
 Two problems with the same terms in another order are the same problem: they always fall into the same split.
