@@ -757,6 +757,7 @@ class Trajectories:
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu"):
         b = config.block_size or length
         self.block = torch.arange(length, device=device) // b  # (T,): a block-causal model denoises all blocks of a canvas side by side
+        self.n_blocks = -(-length // b)
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -794,9 +795,9 @@ class Trajectories:
                 logits, cells = model.logits(rows[r]), (where[0][r], where[1][r])
                 _, confidence[r], entropy[r] = draw(logits, Sampler(), generator)
                 s["alpha"][cells], s["delta"][cells] = (v.to(torch.float32) for v in residual(logits, E))
-            group = where[0] * (int(self.block[-1]) + 1) + self.block[where[1]]  # a budget for every block of every row
-            masks = torch.bincount(group, minlength=len(t) * (int(self.block[-1]) + 1))
-            quota = -(-masks // s["left"].repeat_interleave(int(self.block[-1]) + 1))
+            group = where[0] * self.n_blocks + self.block[where[1]]  # a budget for every block of every row
+            masks = torch.bincount(group, minlength=len(t) * self.n_blocks)
+            quota = -(-masks // s["left"].repeat_interleave(self.n_blocks))
             commit = choose(Sampler(), torch.stack([group, where[1]], dim=1), confidence, entropy, quota, generator)
             commit |= confidence > s["threshold"][where[0]]
             s["masked"] = masked.index_put(where, ~commit)
