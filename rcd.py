@@ -400,6 +400,10 @@ class Noised(NamedTuple):
     where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
     segments: Tensor | None  # (B, T) document numbers of packed rows
 
+    def coin(self) -> Tensor:
+        """(B, 1): one more uniform draw per row; the sum of uniforms modulo 1 is uniform, and independent of all but one of them together."""
+        return (self.noise.double().sum(1, keepdim=True) % 1).to(self.noise.dtype)
+
 
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
 
@@ -419,6 +423,30 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
         return residual_of(reference, reference.embed(n.x), n.tokens, n.where, residual, model.embedding, n.segments)
 
     return context
+
+
+def earlier_context(residual: Residual) -> Context:
+    """Not in the paper: the model's *own* prediction from an *earlier*, more masked state of the same trajectory, as sampling has it.
+
+    One more forward, without gradient. The earlier state lies at a noise level drawn between t and 1 and is read without a residual.
+    """
+
+    def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        t = n.t + (1 - n.t) * n.coin()  # the same noise at a larger t masks a superset
+        x, _ = mask_tokens(n.tokens, n.response, t, n.noise, model.config.mask_id)
+        return residual_of(model, model.embed(x), n.tokens, n.where, residual, model.embedding, n.segments)
+
+    return context
+
+
+def sometimes_absent(context: Context, probability: float) -> Context:
+    """Not in the paper: a context that is absent from a row with this probability, so that the first pass of a cold start is trained too."""
+
+    def thinned(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        alpha, delta = context(model, n)
+        return alpha * (n.coin()[n.where[0], 0] >= probability), delta
+
+    return thinned
 
 
 def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, *, context: Context | None = None,

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import zoo
-from rcd import Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, reference_context, sample_t
+from rcd import Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, earlier_context, reference_context, sample_t, sometimes_absent
 from sample import Setting, arguments, autocast, evaluate, pick_device, run, sweep, table
 from zoo.files import load, save, write_atomic
 
@@ -50,7 +50,8 @@ class Train:
     data: str = "sudoku"  # data set: a folder under data/, or a folder that its prepare.py wrote (--out)
     name: str = ""  # the run is out/<name>/; default: the data set's name
     stage: str = "all"  # base | reference | target | all
-    recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual)
+    recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual) | earlier (the residual of its own earlier state)
+    absent: float = 0.0  # recipes paper and earlier: part of the rows that get no residual, so that a cold start is trained too
     init_from: str = ""  # start from this model instead of training a base: run folder, zoo name or hub folder
     reference: str = ""  # the frozen reference of stage 2 (small-to-large conversion); default: this run's stage 1
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
@@ -92,6 +93,9 @@ PRESETS = {  # what a 0 above stands for: the first runs in minutes on a laptop'
     "cpu": {"base_steps": 1000, "steps": 700, "batch_size": 128, "lr": 1e-3, "eval_every": 100, "n_layer": 4, "n_head": 4, "d_model": 128, "head_dim": 32, "length": 64},
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500, "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }
+# The weight of the residual where --weight does not say: Algorithm 1 has the entropy's. On trajectories a fixed half is better, because the
+# entropy weighs down just what is nearly sure but not committed yet (README: measured over three seeds).
+WEIGHT = {"trajectory": {"weight": "fixed", "fixed": 0.5}, "paper": {"weight": "entropy"}, "earlier": {"weight": "fixed", "fixed": 0.5}}
 
 
 def batches(dataset: "data.Dataset", split: str, length: int) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
@@ -193,16 +197,20 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
                 reference: Transformer | None, origin: zoo.Loaded | None, device: torch.device, dtype: torch.dtype, meta: dict) -> None:  # fmt: skip
     """Train one stage to its end in its run folder; what is saved is the model, or its moving average if there is one.
 
-    The target learns from the frozen reference if there is one (Algorithm 1), else on its own trajectories. A pretrained model is saved
-    in the layout of its origin, so that what reads the original reads the conversion.
+    The target learns by o.recipe; only recipe=paper (Algorithm 1) reads the frozen reference. A pretrained model is saved in the layout of
+    its origin, so that what reads the original reads the conversion.
     Raises KeyboardInterrupt after Ctrl-C, everything saved.
     """
     steps = o.base_steps if stage == "base" else o.steps
     folder.mkdir(parents=True, exist_ok=True)
     dataset.tokenizer.save(folder)
     context = None if reference is None else reference_context(reference, residual)
+    if stage == "target" and o.recipe == "earlier":
+        context = earlier_context(residual)
+    if context and o.absent:
+        context = sometimes_absent(context, o.absent)
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
-    own = stage == "target" and reference is None
+    own = stage == "target" and o.recipe == "trajectory"
     trajectories = [Trajectories(model.config, n, length, device) for n in rows] if own else []
     state, log = State(model, o, device, trajectories), folder / "log.jsonl"
     # What must be equal for a resumed run to give the same weights: everything but where it runs and what it shows.
@@ -302,7 +310,7 @@ def command(resume: bool = False) -> str:
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset and refuse what can not work, in one line. Returns the preset."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
-    for name, value, choices in (("preset", o.preset, PRESETS), ("stage", o.stage, (*STAGES, "all")), ("recipe", o.recipe, ("trajectory", "paper")),
+    for name, value, choices in (("preset", o.preset, PRESETS), ("stage", o.stage, (*STAGES, "all")), ("recipe", o.recipe, tuple(WEIGHT)),
                                  ("schedule", o.schedule, ("cosine", "constant"))):  # fmt: skip
         if value not in choices:
             raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
@@ -317,6 +325,8 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         raise ValueError("--reference is read by --recipe=paper; the trajectory recipe needs none")
     if not 1 <= o.accumulate <= o.batch_size:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
+    if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
+        raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
     if o.init_from and o.stage == "base":
@@ -325,7 +335,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
 
 
 def main() -> None:
-    o, shape, residual = arguments(__doc__, Train, Shape, Residual)
+    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=lambda typed: WEIGHT.get(typed.get("recipe", Train.recipe), {}))
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset = checked(o, shape, device)
     dataset = data.load(o.data)

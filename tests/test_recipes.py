@@ -1,0 +1,73 @@
+"""The recipes beside the paper's: what the model reads in stage 2, against direct computation."""
+
+import pytest
+import torch
+
+import rcd
+from rcd import Noised, Residual, earlier_context, sometimes_absent
+
+MASK = 11  # of the tiny models
+
+
+def noised(B: int = 6, T: int = 10, t: float = 0.4, seed: int = 0) -> Noised:
+    g = torch.Generator().manual_seed(seed)
+    tokens, response = torch.randint(MASK, (B, T), generator=g), torch.rand(B, T, generator=g) < 0.8
+    noise, level = torch.rand(B, T, generator=g), torch.full((B, 1), t)
+    x, masked = rcd.mask_tokens(tokens, response, level, noise, MASK)
+    return Noised(tokens, response, level, noise, x, masked.nonzero(as_tuple=True), None)
+
+
+def test_the_coin_is_uniform_and_knows_nothing_of_the_masks():
+    n = noised(B=20_000)
+    coin = n.coin()
+    assert coin.shape == (20_000, 1)
+    share = torch.histc(coin, 10, 0, 1) / 20_000
+    assert (share - 0.1).abs().max() < 0.01  # 4.7 standard deviations
+    masks = torch.stack([coin[:, 0], *(n.noise < n.t).float().T, (n.noise < n.t).float().sum(1)])  # (12, B)
+    assert torch.corrcoef(masks)[0, 1:].abs().max() < 0.035
+
+
+@pytest.mark.parametrize("block_size", [0, 5])
+def test_the_earlier_state_is_more_masked_and_read_without_a_residual(tiny, block_size):
+    model, n, residual = tiny(block_size=block_size), noised(), Residual(weight="fixed", fixed=0.5)
+    seen = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return rcd.Transformer.embed(model, x)
+
+    model.embed = watch
+    alpha, delta = earlier_context(residual)(model, n)
+    earlier, now = seen[0] == MASK, n.x == MASK
+    assert (now <= earlier).all() and (earlier <= n.response).all() and (earlier.sum() > now.sum()).item()
+    assert torch.equal(seen[0][~earlier], n.tokens[~earlier]) and not delta.requires_grad
+    # by hand: an ordinary forward on those ids, softmax, expectation, at the cells that are masked now
+    del model.embed
+    with torch.no_grad():
+        hidden = rcd.denoiser_hidden(model, model.embed(seen[0]), n.tokens)
+        p = model.logits(hidden[now]).softmax(-1)
+    torch.testing.assert_close(delta, p @ model.embedding.detach())
+    assert alpha.tolist() == [0.5] * int(now.sum())
+
+
+def test_how_much_earlier_is_uniform_between_now_and_all_masked(tiny):
+    n = noised(B=4000, T=20, t=0.25)
+    n = n._replace(response=torch.ones_like(n.response))
+    seen = []
+    model = tiny(n_layer=1)
+    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
+    earlier_context(Residual())(model, n)
+    share = (seen[0] == MASK).float().mean(1)  # of t' = 0.25 + 0.75 u: mean 0.625, variance 0.75^2 / 12 + E[t' (1 - t')] / 20
+    variance = 0.75**2 / 12 + (0.625 - 0.625**2 - 0.75**2 / 12) / 20
+    assert abs(share.mean() - 0.625) < 0.015 and abs(share.var() - variance) < 0.006
+
+
+def test_absent_rows_have_no_residual_and_the_others_keep_theirs():
+    n = noised(B=8000)
+    N = len(n.where[0])
+    alpha, delta = sometimes_absent(lambda model, n: (torch.full((N,), 0.5), torch.ones(N, 3)), 0.3)(None, n)
+    assert alpha.unique().tolist() == pytest.approx([0.0, 0.5]) and delta.eq(1).all()
+    absent = torch.zeros(8000).index_put((n.where[0],), (alpha == 0).float())  # by row: all of a row or nothing of it
+    assert all(len(set((alpha[n.where[0] == row] == 0).tolist())) <= 1 for row in range(200))
+    has = torch.zeros(8000).index_put((n.where[0],), torch.ones(N)) > 0
+    assert abs(absent[has].mean() - 0.3) < 0.02
