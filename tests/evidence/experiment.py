@@ -21,7 +21,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 import numpy as np
@@ -339,17 +339,16 @@ def main() -> None:
         for name in e.runs:
             cells.train(name)
             commands.append("python train.py " + " ".join(cells.command(name)))
-        by_seed.append([cells.curve(c) for c in e.curves])
+        by_seed.append([cells.curve(c) for c in tqdm(e.curves, desc=f"{o.name}, seed {seed}", unit="curve", disable=None)])
     if o.cells:
         return
     curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
     facts = {"about": e.about, "command": f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}", "items": e.items, "torch": torch.__version__}
     text = [f"# {o.name}: {e.about}", "", f"`{facts['command']}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", "",
             *summary(curves), "", *table(curves), "", *(f"- {'-'.join(map(str, r['fitted']))}: fitted on validation canvases, by seed" for r in curves[-1][:1] if "fitted" in r)]  # fmt: skip
-    here = Path(__file__).parent
-    write_atomic(here / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": commands, "curves": curves}, indent=1) + "\n"))
-    write_atomic(here / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
-    plot(curves, here / f"{o.name}.png", e.about)
+    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": commands, "curves": curves}, indent=1) + "\n"))
+    write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
+    plot(curves, HERE / f"{o.name}.png", e.about)
     print("\n".join(text))
 
 
