@@ -273,6 +273,30 @@ def sample_t(rows: int, generator: torch.Generator | None, device: torch.device 
     return (t_min + (1 - t_min) * u)[:, None]  # (B, 1)
 
 
+def document_positions(tokens: Tensor, segments: Tensor | None) -> Tensor:
+    """Every token's position in its own document: (1, T), or (B, T) where rows are packed.
+
+    tokens (B, T); segments (B, T), optional: the number of the document that a token belongs to. A document begins wherever it changes.
+    """
+    column = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+    if segments is None:
+        return column
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return column - torch.where(first, column, 0).cummax(dim=1).values  # (B, T)
+
+
+def noise_levels(tokens: Tensor, segments: Tensor | None, block_size: int, generator: torch.Generator | None) -> Tensor:
+    """t of every token (B, T), by `sample_t`: one for every document, or with block_size > 0 one for every block of every document.
+
+    One for every document is what LLaDA (a row is a document) and SDAR (rows are packed) do, one for every block what Fast-dLLM v2 does.
+    """
+    positions = document_positions(tokens, segments)
+    first = positions % block_size == 0 if block_size else positions == 0
+    group = first.expand(tokens.shape).flatten().cumsum(0) - 1  # (B * T,) documents, or blocks, numbered through the batch
+    return sample_t(int(group[-1]) + 1, generator, tokens.device)[group, 0].view(tokens.shape)  # (B, T)
+
+
 def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
     """A query sees every key whose block is not later than its own. q_pos (B, T), k_pos (B, S) absolute -> (B, T, S) bool."""
     return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
@@ -296,13 +320,9 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Ten
 
     tokens (B, T) are the clean ids; only a block-causal model reads them (earlier blocks are clean when a block is denoised).
     segments (B, T), optional: document number of every token of a packed row; documents do not see each other, positions restart.
+    Padding is one more document: its tokens see themselves, so that no row of the attention is empty.
     """
-    T = x.shape[1]
-    positions = torch.arange(T, device=x.device)[None]  # (1, T)
-    if segments is not None:
-        first = torch.ones_like(segments, dtype=torch.bool)
-        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        positions = positions - torch.where(first, positions, 0).cummax(dim=1).values  # (B, T)
+    T, positions = x.shape[1], document_positions(tokens, segments)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]  # (B, T, T)
     if not model.config.block_size:
         return model(x, positions, None if same is None else same[:, None])
@@ -394,7 +414,7 @@ class Noised(NamedTuple):
 
     tokens: Tensor  # (B, T) clean ids
     response: Tensor  # (B, T) bool, maskable
-    t: Tensor  # (B, 1) noise level
+    t: Tensor  # (B, T) noise level, or (B, 1)
     noise: Tensor  # (B, T) uniform draws behind the mask
     x: Tensor  # (B, T) ids with masks
     where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
@@ -421,24 +441,36 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
     return context
 
 
-def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, *, context: Context | None = None,
-                   t: Tensor | None = None, generator: torch.Generator | None = None, segments: Tensor | None = None) -> Tensor:  # fmt: skip
+def maskable(config: Config, tokens: Tensor, response: Tensor | None, segments: Tensor | None) -> Tensor:
+    """(B, T) bool: the tokens that the loss counts. response (B, T), None = every token.
+
+    Under logit_shift nothing stands before a document's first token: it has no row to be predicted from, and is always given.
+    """
+    response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
+    return response & (document_positions(tokens, segments) > 0) if config.logit_shift else response
+
+
+T_PER = ("document", "block")
+
+
+def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, segments: Tensor | None = None, *,
+                   context: Context | None = None, t: Tensor | None = None, t_per: str = "document",
+                   generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
     """The masked-diffusion bound in nats per response token (LLaDA; MDLM): E_t (1/t) sum over masked of -log p(x_0 | x_t).
 
-    tokens (B, T) clean ids; response (B, T) bool, None = every token. context None is plain masked training (base, reference, SeqD);
-    reference_context(...) is stage 2 of RCD. The sum is divided by the number of *maskable* tokens, never by the number of masks, which
-    would undo the 1/t and is no bound. The head runs on masked rows only, in chunks that backward recomputes.
-    Raises ValueError if nothing is maskable.
+    tokens (B, T) clean ids; response (B, T) bool, None = every token; segments (B, T), None = every row is one document. context None is
+    plain masked training (base, reference, SeqD); reference_context(...) is stage 2 of RCD. t (B, 1) or (B, T), None = drawn per document
+    or per block (t_per). The sum is divided by the number of *maskable* tokens, never by the number of masks, which would undo the 1/t and
+    is no bound. The head runs on masked rows only, in chunks that backward recomputes.
+    Raises ValueError if nothing is maskable, or for a t_per that the model does not have.
     """
-    if response is None:
-        response = torch.ones_like(tokens, dtype=torch.bool)
-    if model.config.logit_shift:  # nothing stands before a document's first token: it has no row to be predicted from, and is always given
-        first = torch.ones_like(response)
-        first[:, 1:] = False if segments is None else segments[:, 1:] != segments[:, :-1]
-        response = response & ~first
+    if t_per not in T_PER or (t_per == "block" and not model.config.block_size):
+        raise ValueError(f"t_per={t_per!r}: choose from {', '.join(T_PER)}; block needs a block-causal model (block_size > 0)")
+    response = maskable(model.config, tokens, response, segments)
     if not bool(response.any()):
         raise ValueError("nothing to learn: no token of this batch belongs to a response")
-    t = sample_t(len(tokens), generator, tokens.device) if t is None else t
+    if t is None:
+        t = noise_levels(tokens, segments, model.config.block_size if t_per == "block" else 0, generator)
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)
     where = masked.nonzero(as_tuple=True)  # the N masked cells
@@ -751,13 +783,10 @@ class Trajectories:
     each: read the canvas with the residual carried so far, take the loss on all that is masked, commit where the sampler would (its own
     commit rule, on a budget drawn per trajectory), and carry the new residual on. Only, what is committed is the true token. A trajectory
     starts cold, with everything masked, so the cold start is trained too; one that is full makes room for a new canvas. No gradient flows
-    from step to step.
+    from step to step. A block-causal model denoises all blocks side by side; the documents of a packed row are canvases side by side.
     """
 
-    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu"):
-        b = config.block_size or length
-        self.block = torch.arange(length, device=device) // b  # (T,): a block-causal model denoises all blocks of a canvas side by side
-        self.n_blocks = -(-length // b)
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", packed: bool = False):
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -767,16 +796,37 @@ class Trajectories:
             "left": torch.ones(rows, dtype=torch.long, device=device),  # steps until everything is committed
             "threshold": torch.ones(rows, device=device),  # half of the trajectories commit whatever is surer than theirs, too
         }
+        if packed:
+            self.state["segments"] = torch.zeros(rows, length, dtype=torch.long, device=device)
 
-    def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor]], residual: Residual, generator: torch.Generator | None) -> Tensor:
-        """One step of every trajectory; fresh(n) -> tokens, response (n, T) of new canvases. Nats per token, each state weighted alike."""
-        s, device = self.state, self.block.device
+    def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor, Tensor | None]], residual: Residual,
+             generator: torch.Generator | None) -> Tensor:  # fmt: skip
+        """One step of every trajectory; fresh(n) -> tokens, response, segments (n, T) of new canvases (segments None: rows are not packed).
+
+        Nats per token, each state weighted alike.
+        """
+        s, device = self.state, self.state["tokens"].device
+        B, T = s["tokens"].shape
         empty = (~s["masked"].any(dim=1)).nonzero()[:, 0]
         if len(empty):
-            s["tokens"][empty], s["response"][empty] = fresh(len(empty))
-            s["response"][:, 0] &= not model.config.logit_shift  # nothing stands before the first token to predict it from
+            tokens, response, segments = fresh(len(empty))
+            if segments is not None:
+                s["segments"][empty] = segments
+            s["tokens"][empty], s["response"][empty] = tokens, maskable(model.config, tokens, response, segments)
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
-            most = s["response"][empty].sum(1).clamp(min=2)
+
+        # Documents and blocks are named by their first cell, counted through the batch: (B, T) each.
+        segments, cell = s.get("segments"), torch.arange(B * T, device=device).view(B, T)
+        positions = document_positions(s["tokens"], segments)  # (B or 1, T)
+        document = cell - positions
+        block = cell - positions % model.config.block_size if model.config.block_size else document
+
+        def count(cells: Tensor, group: Tensor) -> Tensor:
+            """How many of cells (B, T) each group holds -> (B * T,)."""
+            return torch.zeros(B * T, dtype=torch.long, device=device).index_add_(0, group.flatten(), cells.flatten().long())
+
+        if len(empty):
+            most = count(s["response"], block).view(B, T).amax(1)[empty].clamp(min=2)  # of the row's largest block
             u, v, w = torch.rand(3, len(empty), generator=generator, device=device)
             s["left"][empty] = torch.where(u < 0.5, (2 * (most / 2) ** v).round().long(), most)  # log-uniform, 2 steps to one token a step
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
@@ -784,10 +834,10 @@ class Trajectories:
         where = masked.nonzero(as_tuple=True)  # N cells
         x = model.embed(s["tokens"].masked_fill(masked, model.config.mask_id))
         x = mix(x, where, s["alpha"][where], s["delta"][where].to(E.dtype), E[model.config.mask_id])
-        rows = model.rows(denoiser_hidden(model, x, s["tokens"]), where)  # (N, D)
+        rows = model.rows(denoiser_hidden(model, x, s["tokens"], segments), where)  # (N, D)
         nll = row_losses(model, rows, s["tokens"][where])  # (N,)
-        t = masked.sum(1) / s["response"].sum(1)  # (B,) the noise level that the trajectory is at
-        loss = (nll / t[where[0]]).sum() / s["response"].sum()
+        t = count(masked, document) / count(s["response"], document)  # (B * T,) the noise level that each document is at
+        loss = (nll / t[document[where]]).sum() / s["response"].sum()
 
         with torch.no_grad():
             confidence, entropy = torch.empty_like(nll), torch.empty_like(nll)
@@ -795,10 +845,8 @@ class Trajectories:
                 logits, cells = model.logits(rows[r]), (where[0][r], where[1][r])
                 _, confidence[r], entropy[r] = draw(logits, Sampler(), generator)
                 s["alpha"][cells], s["delta"][cells] = (v.to(torch.float32) for v in residual(logits, E))
-            group = where[0] * self.n_blocks + self.block[where[1]]  # a budget for every block of every row
-            masks = torch.bincount(group, minlength=len(t) * self.n_blocks)
-            quota = -(-masks // s["left"].repeat_interleave(self.n_blocks))
-            commit = choose(Sampler(), torch.stack([group, where[1]], dim=1), confidence, entropy, quota, generator)
+            quota = -(-count(masked, block) // s["left"].repeat_interleave(T))  # a budget for every block of every document
+            commit = choose(Sampler(), torch.stack([block[where], where[1]], dim=1), confidence, entropy, quota, generator)
             commit |= confidence > s["threshold"][where[0]]
             s["masked"] = masked.index_put(where, ~commit)
             s["left"] = (s["left"] - 1).clamp(min=1)
