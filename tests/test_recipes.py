@@ -71,3 +71,71 @@ def test_absent_rows_have_no_residual_and_the_others_keep_theirs():
     assert all(len(set((alpha[n.where[0] == row] == 0).tolist())) <= 1 for row in range(200))
     has = torch.zeros(8000).index_put((n.where[0],), torch.ones(N)) > 0
     assert abs(absent[has].mean() - 0.3) < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Trajectories: a window of steps, and starts with cells given
+
+
+def truth(B: int = 3, T: int = 8) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return torch.randint(MASK, (B, T), generator=torch.Generator().manual_seed(2)), torch.ones(B, T, dtype=torch.bool), None
+
+
+def numeric(loss, p: torch.Tensor, index: tuple[int, int], h: float = 1e-3) -> float:
+    with torch.no_grad():
+        p[index] += h
+        above = loss().item()
+        p[index] -= 2 * h
+        below = loss().item()
+        p[index] += h
+    return (above - below) / (2 * h)
+
+
+def test_the_gradient_of_a_window_is_that_of_its_loss_and_without_one_a_part_is_missing(tiny):
+    """By finite differences: through Delta, never through alpha (fixed), what is committed stays the same."""
+    model, residual = tiny().double(), Residual(weight="fixed", fixed=0.5)
+
+    def trajectories(window: int) -> rcd.Trajectories:
+        t = rcd.Trajectories(model.config, 3, 8, window=window)
+        t.state["delta"] = t.state["delta"].double()
+        return t
+
+    def loss() -> torch.Tensor:
+        return trajectories(2).loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, torch.Generator().manual_seed(0))
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        if name.endswith(("down_proj.weight", "embed_tokens.weight")):
+            i = tuple(int(v) for v in p.grad.abs().eq(p.grad.abs().max()).nonzero()[0])
+            assert p.grad[i].item() == pytest.approx(numeric(loss, p.data, i), rel=2e-2)
+    through = model.layers[0].mlp.down_proj.weight.grad.clone()
+    model.zero_grad()
+    alone, g = trajectories(1), torch.Generator().manual_seed(0)
+    for _ in range(2):  # the same two steps, one at a time
+        (alone.loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, g) / 2).backward()
+    cut = model.layers[0].mlp.down_proj.weight.grad
+    assert not torch.allclose(through, cut, rtol=1e-2)  # the part that flows from the second loss through Delta to the first step
+
+
+def test_a_window_hands_its_last_residual_on_without_history(tiny):
+    t = rcd.Trajectories(tiny().config, 3, 8, window=2)
+    t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))
+    assert not any(v.requires_grad for v in t.state.values()) and t.state["delta"].abs().sum() > 0
+
+
+def test_given_cells_at_the_start(tiny):
+    B = 3000
+    tokens, response, _ = truth(B, 10)
+    seen = []
+    model = tiny(n_layer=1)
+    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
+    for given in (0.0, 0.4):
+        t = rcd.Trajectories(model.config, B, 10, given=given)
+        t.loss(model, lambda n: (tokens, response, None), Residual(), torch.Generator().manual_seed(0))
+    everything, some = seen[0] == MASK, seen[1] == MASK
+    assert everything.all() and torch.equal(seen[1][~some], tokens[~some])
+    # 60 % start all masked, the others keep a uniform share: of 10 cells each count from 0 to 10 is as likely, 1/11
+    left = torch.bincount(some.sum(1), minlength=11) / B
+    expected = torch.full((11,), 0.4 / 11)
+    expected[10] += 0.6
+    assert (left - expected).abs().max() < 0.025

@@ -78,7 +78,7 @@ FIXED, EARLIER = "--weight=fixed --fixed=0.5", "--stage=target --recipe=earlier 
 REMEDIES = {
     "letter": LETTER, "letter-absent": f"{LETTER} --absent=0.3", "letter-fixed": f"{LETTER} {FIXED}", "letter-fixed-absent": f"{LETTER} {FIXED} --absent=0.3",
     "earlier-absent": f"{EARLIER} --weight=entropy --absent=0.3", "earlier-fixed-absent": f"{EARLIER} {FIXED} --absent=0.3",
-    "entropy": f"{BEST} --weight=entropy", "fixed-0.5": f"{BEST} {FIXED}", "fixed-0.5-window-2": f"{BEST} {FIXED} --window=2",
+    "entropy": f"{BEST} --weight=entropy", "fixed-0.5": f"{BEST} {FIXED}", "fixed-0.5-window-2": f"{BEST} {FIXED} --window=2 --batch_size=64",
 }  # fmt: skip
 
 EXPERIMENTS = {
