@@ -92,7 +92,7 @@ def test_the_gpt_sees_nothing_that_comes_later():
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_recomputing_gives_the_tokens_of_the_cached_sampler(tiny, steps):
     model = tiny(block_size=8)
-    canvas = bench.canvas_of(model, 1, 40)
+    canvas = bench.canvas_of(model, 1, 32)
     filled = bench.fill(model, canvas, steps)
     assert torch.equal(filled, peers.fill_recomputing(model, canvas, steps)) and len(filled[:, 8:].unique()) > 3
 
