@@ -99,7 +99,8 @@ def interleave(probes: list[Callable[[], float]], repeats: int) -> list[np.ndarr
 def compared(name: str, what: str, a: np.ndarray, b: np.ndarray, target: str = "", unit: str = "ms", scale: float = 1e3) -> Row:
     """The row of A / B; a and b are paired."""
     low, middle, high = np.percentile(a / b, (25, 50, 75)).tolist()
-    return Row(name, what, middle, (low, high), f"{np.median(a) * scale:,.4g} / {np.median(b) * scale:,.4g} {unit}", target)
+    shown = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (np.median(a) * scale, np.median(b) * scale)]
+    return Row(name, what, middle, (low, high), f"{shown[0]} / {shown[1]} {unit}", target)
 
 
 def most_held() -> int:
@@ -308,8 +309,7 @@ def scale(o: Bench) -> Iterator[Row]:
     row = compared("scale", f"check: predicted / measured RCD step of {name}", np.full_like(rcd, expected), rcd)
     yield row._replace(detail=f"{row.detail}; {bytes_here / 1e9:.1f} GB/s, {flops_here / 1e9:,.0f} GFLOP/s, e_bytes {e_bytes:.2f}, e_flops {e_flops:.2f}")
 
-    for prediction in costs.predictions(o.gpu, e_bytes, e_flops, o.tokens_per_step):
-        yield Row("scale", prediction[0], prediction[1], None, prediction[2])
+    yield from (Row("scale", what, ratio, None, detail) for what, ratio, detail in costs.predictions(o.gpu, e_bytes, e_flops, o.tokens_per_step))
 
 
 ROWS = {f.__name__: f for f in (step, cache, batch, train, flops, transformers, load, scale)}
