@@ -339,11 +339,11 @@ def main() -> None:
                 rows.append(row)
                 tqdm.write(str(row), file=sys.stdout)
                 sys.stdout.flush()
+            if o.save:  # after each: what is there survives Ctrl-C
+                text = json.dumps({"machine": machine, "options": asdict(o), "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
+                write_atomic(Path(o.save), lambda path, text=text: path.write_text(text))
     print(f"\n{time.perf_counter() - begin:.0f} seconds" + ", --quick: small shapes and few repeats, not to be quoted" * o.quick)
     print("\n" + costs.__doc__.strip())
-    if o.save:
-        text = json.dumps({"machine": machine, "options": asdict(o), "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
-        write_atomic(Path(o.save), lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":
