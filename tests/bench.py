@@ -1,0 +1,350 @@
+"""How fast, as ratios: `python tests/bench.py` (`--quick` takes less than a minute, `--only=step,load` some rows, `--save=FILE.json` keeps them).
+
+Every row sets two things beside each other that ran in turn in the same process, A B A B ..., and gives the median of A / B over the pairs with
+its quartiles: whatever else the machine was doing hits both. A peak of memory is taken in a process of its own, above what that held
+after its imports. Weights are random; the sampler's are stored in the dtype of the matmuls, those in training are float32.
+
+    step          one denoising step, RCD over SeqD, by vocabulary and masked positions: the second step of a block of 64
+    cache         the sampler with its key-value cache over the same steps that recompute the prefix, by canvas length
+    batch         tokens per second of the sampler, by batch
+    train         a training step: stage 1 over a plain GPT's, stage 2 over stage 1
+    flops         a training step of 100M parameters: model FLOP/s over those of a large matrix product
+    transformers  our forward over that of transformers' Qwen3 with the same weights, all logits
+    load          zoo.load of a folder in hub layout over reading its tensors with safetensors
+    scale         the residual's share of a step in the shape of SDAR-1.7B, and predictions for a GPU, which are no measurements
+
+What is behind the last rows, and the formula of FLOPs, is in costs.py and printed under the table.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
+from sample import arguments, autocast, pick_device, run  # before torch: it says how threads wait
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import costs
+import peers
+import zoo
+from costs import gpt_shape
+from rcd import Config, Residual, Sampler, Trajectories, Transformer, denoise, diffusion_loss, reference_context
+from zoo.files import write_atomic
+
+CPU, DTYPE, REASON = pick_device("cpu", "")  # bfloat16 where the processor multiplies it
+
+
+@dataclass
+class Bench:
+    """what is measured"""
+
+    quick: bool = False  # small shapes and few repeats: under a minute on two cores
+    only: str = ""  # rows, separated by commas: step, cache, batch, train, flops, transformers, load, scale; default: all
+    repeats: int = 0  # pairs behind a ratio; 0 = 3 with --quick, else 7
+    save: str = ""  # write the rows into this JSON file too
+    gpu: str = "H100"  # predictions are for: H100 | A100 | RTX4090
+    tokens_per_step: float = 2.0  # predictions: tokens that a step commits
+
+
+class Row(NamedTuple):
+    name: str
+    what: str
+    ratio: float
+    quartiles: tuple[float, float] | None = None
+    detail: str = ""
+    target: str = ""  # "<= 1.35" or ">= 0.6"
+
+    def __str__(self) -> str:
+        ratio = f"{self.ratio:.3f}" + (" ({:.3f} to {:.3f})".format(*self.quartiles) if self.quartiles else "")
+        met = not self.target or (self.ratio <= float(self.target[3:]) if self.target[0] == "<" else self.ratio >= float(self.target[3:]))
+        return f"| {self.name} | {self.what} | {ratio} | {self.detail} | {self.target and self.target + (', met' if met else ', not met')} |"
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable, *args) -> Callable[[], float]:
+    """A probe: it runs once and returns the seconds that count."""
+
+    def probe() -> float:
+        begin = time.perf_counter()
+        work(*args)
+        return time.perf_counter() - begin
+
+    return probe
+
+
+def interleave(probes: list[Callable[[], float]], repeats: int) -> list[np.ndarray]:
+    """What every probe returned in every round, after one round that does not count."""
+    return list(np.array([[probe() for probe in probes] for _ in range(repeats + 1)][1:]).T)
+
+
+def compared(name: str, what: str, a: np.ndarray, b: np.ndarray, target: str = "", unit: str = "ms", scale: float = 1e3) -> Row:
+    """The row of A / B; a and b are paired."""
+    low, middle, high = np.percentile(a / b, (25, 50, 75)).tolist()
+    shown = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (np.median(a) * scale, np.median(b) * scale)]
+    return Row(name, what, middle, (low, high), f"{shown[0]} / {shown[1]} {unit}", target)
+
+
+def most_held() -> int:
+    """The most bytes that this process has held. Where /proc tells, not ru_maxrss: that starts at the parent's, even through exec."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+
+
+def added(work: Callable, *args) -> int:
+    before = most_held()
+    work(*args)
+    return most_held() - before
+
+
+def peak(work: Callable, *args) -> int:
+    """Bytes that work(*args) adds to what a fresh process holds at most."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(added, work, *args).result()
+
+
+def matmul_rate() -> float:
+    """FLOP/s of the best of three square matrix products."""
+    squares = [torch.randn(n, n, dtype=DTYPE) for n in (1024, 2048, 4096)]
+    return max(2 * len(x) ** 3 / timed(torch.mm, x, x)() for x in squares for _ in range(1 + 4096 // len(x)))
+
+
+def bandwidth() -> float:
+    """Bytes/s of reading: the best of some sums over half a gibibyte."""
+    x = torch.ones(1 << 27)
+    return x.nbytes / min(timed(x.sum)() for _ in range(5))
+
+
+def build(c: Config, dtype: torch.dtype = DTYPE, seed: int = 0) -> Transformer:
+    """Random weights, made in place: a large model never exists twice."""
+    with torch.device("meta"):
+        model = Transformer(c).to(dtype)
+    return model.to_empty(device=CPU).init_weights(torch.Generator().manual_seed(seed)).eval()
+
+
+# The rows ------------------------------------------------------------------------------------------------------------------------------
+
+
+def second_step(model: Transformer, masks: int, carry: str) -> float:
+    """Seconds of the second step of a block of 64 of which so many positions were masked: the first that reads what another carried."""
+    canvas = torch.zeros(1, 64, dtype=torch.long)
+    canvas[:, -masks:] = model.config.mask_id
+    with autocast(CPU, DTYPE):
+        steps = denoise(model, canvas, Sampler(carry=carry))
+        next(steps)
+        return timed(next, steps)()
+
+
+def step(o: Bench) -> Iterator[Row]:
+    for V in (4096, 151936) if o.quick else (7, 4096, 32768, 151936):
+        model = build(gpt_shape(V, *(4, 256) if o.quick else (8, 512), 64))
+        for masks in (32,) if o.quick else (8, 32, 64):
+            rcd, seqd = interleave([partial(second_step, model, masks, carry) for carry in ("residual", "none")], 3 * o.repeats)
+            yield compared("step", f"RCD / SeqD, V = {V:,}, {masks} masks", rcd, seqd)
+
+
+def canvas_of(model: Transformer, rows: int, masks: int) -> Tensor:
+    """(rows, b + masks): a block of random tokens, then masks."""
+    given = torch.randint(model.config.mask_id, (rows, model.config.block_size), generator=torch.Generator().manual_seed(0))
+    return torch.cat([given, torch.full((rows, masks), model.config.mask_id)], dim=1)
+
+
+def fill(model: Transformer, canvas: Tensor, steps: int) -> Tensor:
+    """The sampler in SeqD, so many steps for every block but the first."""
+    *_, last = denoise(model, canvas, Sampler(carry="none", steps=steps * (canvas.shape[1] // model.config.block_size - 1)))
+    return last.tokens
+
+
+def cache(o: Bench) -> Iterator[Row]:
+    lengths, medians, flops = (128, 256, 512) if o.quick else (128, 256, 512, 1024), [], []
+    model = build(gpt_shape(4096, *(4, 256) if o.quick else (8, 512), 32))
+    for T in lengths:
+        with autocast(CPU, DTYPE):
+            times = interleave([timed(by, model, canvas_of(model, 1, T), 4) for by in (fill, peers.fill_recomputing)], min(3, o.repeats))
+        yield compared("cache", f"with cache / recomputing, {T} tokens, 4 steps a block of 32", *times)
+        medians.append(np.median(times, axis=1))
+        flops.append(sum(costs.forward_flops(model.config, 4 * 32 + 32, end, 32 + 24 + 16 + 8) for end in range(64, 33 + T, 32)))
+    ours, recomputing, ideal = np.polyfit(np.log(lengths), np.log(np.column_stack([medians, flops])), 1)[0].tolist()
+    what = f"with cache: time as a power of length, {lengths[0]} to {lengths[-1]}"
+    yield Row("cache", what, ours, None, f"recomputing: {recomputing:.2f}, FLOPs with cache: {ideal:.2f}", "<= 1.2")
+
+
+def batch(o: Bench) -> Iterator[Row]:
+    model = build(gpt_shape(4096, *(4, 256) if o.quick else (8, 512), 32))
+    with autocast(CPU, DTYPE):
+        times = interleave([timed(fill, model, canvas_of(model, rows, 96), 4) for rows in (1, 8, 32)], min(5, o.repeats))
+    for rows, seconds in zip((8, 32), times[1:]):
+        yield compared("batch", f"tokens/s, batch {rows} / batch 1, 96 tokens each", rows / seconds, 1 / times[0], unit="tokens/s", scale=96)
+
+
+STEPS = ("a GPT's step", "stage 1", "stage 2 (paper, same-size reference)", "stage 2 (trajectories)")
+
+
+def learner(kinds: tuple[str, ...], c: Config, rows: int, length: int) -> list[Callable[[], float]]:
+    """An optimiser step of each kind as train.py takes it; the stages share one model and its optimiser. Half of all tokens are masked."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    generator = torch.Generator().manual_seed(0)
+    tokens, everything = torch.randint(0, c.mask_id, (rows, length), generator=generator), torch.ones(rows, length, dtype=torch.bool)
+    t = ((torch.arange(rows) + 0.5) / rows)[:, None]  # (B, 1)
+    gpt = peers.GPT(c) if STEPS[0] in kinds else None
+    model = build(c, torch.float32) if {*kinds} - {STEPS[0]} else None
+    context = reference_context(build(c, torch.float32, seed=1).requires_grad_(False), Residual()) if STEPS[2] in kinds else None
+    under_way = Trajectories(c, rows, length)
+    optimizers = {net: torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True) for net in (gpt, model) if net is not None}
+
+    def update(kind: str) -> None:
+        net = gpt if kind == STEPS[0] else model
+        with autocast(CPU, DTYPE), sdpa_kernel(SDPBackend.MATH):  # train.py's choice for short canvases
+            if kind == STEPS[0]:
+                loss = gpt.loss(tokens)
+            elif kind == STEPS[3]:  # as many masks as elsewhere
+                under_way.state["masked"] = under_way.state["response"] & (torch.rand(rows, length, generator=generator) < t)
+                loss = under_way.loss(model, lambda n: (tokens[:n], everything[:n]), Residual(), generator)
+            else:
+                loss = diffusion_loss(model, tokens, context=context if kind == STEPS[2] else None, t=t, generator=generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizers[net].step()
+        optimizers[net].zero_grad(set_to_none=True)
+
+    return [timed(update, kind) for kind in kinds]
+
+
+def two_updates(kind: str, *args) -> None:
+    (probe,) = learner((kind,), *args)
+    probe(), probe()
+
+
+def train(o: Bench) -> Iterator[Row]:
+    for V in (4096,) if o.quick else (4096, 151936):
+        size = (gpt_shape(V, 4, 256), 4, 128) if o.quick else (gpt_shape(V, 8, 512), 8, 256)
+        shape = f"V = {V:,}, {size[0].n_layer} layers of {size[0].d_model}, {size[1]} x {size[2]} tokens"
+        times = dict(zip(STEPS, interleave(learner(STEPS, *size), min(5, o.repeats))))
+        held = {} if o.quick else {kind: peak(two_updates, kind, *size) for kind in STEPS}  # a small process would hold little but torch
+        for a, b in zip(STEPS[1:], (*STEPS[:2], STEPS[1])):
+            most, most_memory = ("<= 1.35", "<= 1.1") if b == STEPS[1] else ("", "")
+            yield compared("train", f"time of {a} / {b}, {shape}", times[a], times[b], most)
+            if held:
+                detail = f"{held[a] / 2**20:,.0f} / {held[b] / 2**20:,.0f} MiB"
+                yield Row("train", f"peak memory of {a} / {b}, {shape}", held[a] / held[b], None, detail, most_memory)
+
+
+def flops(o: Bench) -> Iterator[Row]:
+    c, rows, length = gpt_shape(16384, 12, 768), 2 if o.quick else 16, 256
+    model_flops = 3 * rows * costs.forward_flops(c, length, length, length / 2)
+    seconds, rate = interleave([*learner(STEPS[1:2], c, rows, length), matmul_rate], min(5, o.repeats))
+    what = f"stage 1, 98M parameters, {rows} x {length} tokens / a matrix product, {str(DTYPE)[6:]}"
+    yield compared("flops", what, model_flops / seconds, rate, ">= 0.6", unit="GFLOP/s", scale=1e-9)
+
+
+@torch.no_grad()
+def transformers(o: Bench) -> Iterator[Row]:
+    for c, rows in ((gpt_shape(512, 2, 128), 8), (gpt_shape(16384, 12, 768), 1 if o.quick else 4)):
+        tokens, positions = torch.randint(0, c.mask_id, (rows, 256)), torch.arange(256)[None]
+        for dtype in dict.fromkeys((DTYPE, torch.float32)):
+            model = build(c, dtype)
+            try:
+                theirs = peers.qwen3(model)
+            except ImportError:
+                tqdm.write("transformers: skipped, it is not installed (extra `test`)", file=sys.stderr)
+                return
+            ours = partial(lambda m, p, x: m.logits(m(m.embed(x), p).flatten(0, 1)), model, positions)  # (B T, V)
+            apart = (ours(tokens) - theirs(tokens).flatten(0, 1)).float()[:, : c.mask_id].abs().max()
+            what = f"forward, ours / Qwen3ForCausalLM's, {c.n_layer} layers of {c.d_model}, {rows} x 256 tokens, {str(dtype)[6:]}"
+            row = compared("transformers", what, *interleave([timed(ours, tokens), timed(theirs, tokens)], o.repeats))
+            yield row._replace(detail=f"{row.detail}, logits at most {apart:.0e} apart")
+
+
+def load(o: Bench) -> Iterator[Row]:
+    vocab, layers = (32768, 8) if o.quick else (151936, 28)  # the second is Qwen3-0.6B
+    c = Config(vocab_size=vocab, mask_id=257, n_layer=layers, n_head=16, n_kv_head=8, head_dim=128, d_model=1024, d_ff=3072)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = peers.write_sdar(build(c, torch.bfloat16), folder)
+        times = interleave([timed(zoo.load, folder), timed(peers.read_all, folder)], o.repeats)
+        yield compared("load", f"time of zoo.load / load_file and a copy, {size / 1e6:,.0f} MB of bfloat16", *times)
+        held = peak(zoo.load, folder)
+        yield Row("load", "peak memory of zoo.load / weights", held / size, None, f"{held / 1e6:,.0f} / {size / 1e6:,.0f} MB", "<= 1.05")
+
+
+@torch.no_grad()
+def scale(o: Bench) -> Iterator[Row]:
+    name, c = ("98M parameters", gpt_shape(16384, 12, 768)) if o.quick else ("SDAR-1.7B", costs.SHAPES["SDAR-1.7B"])
+    model = build(replace(c, block_size=64))
+
+    def forward(tokens: int) -> Tensor:
+        x = torch.zeros(1, tokens, c.d_model, dtype=DTYPE)
+        return model.logits(model(x, torch.arange(tokens)[None])[0, :64])
+
+    logits = model.logits(torch.randn(63, c.d_model).to(DTYPE))  # (63, V), the rows of a second step
+    steps = [partial(second_step, model, 64, carry) for carry in ("residual", "none")]
+    rcd, seqd, alone, few, many = interleave([*steps, timed(Residual(), logits, model.embedding), timed(forward, 4), timed(forward, 512)], o.repeats)
+    yield compared("scale", f"RCD / SeqD, a step of {name}, block 64, batch 1", rcd, seqd, "<= 1.03")
+    yield compared("scale", f"the residual by itself / an RCD step of {name}", alone, rcd, "<= 0.03")
+
+    bytes_here, flops_here = bandwidth(), matmul_rate()
+    e_bytes = costs.step_bytes(c, 4, 4, itemsize=DTYPE.itemsize) / bytes_here / np.median(few)
+    e_flops = costs.forward_flops(c, 512, 512, 64) / flops_here / np.median(many)
+    expected = costs.step_seconds(c, 64, 64, 63, True, bytes_here * e_bytes, flops_here * e_flops, DTYPE.itemsize)
+    row = compared("scale", f"check: predicted / measured RCD step of {name}", np.full_like(rcd, expected), rcd)
+    yield row._replace(detail=f"{row.detail}; {bytes_here / 1e9:.1f} GB/s, {flops_here / 1e9:,.0f} GFLOP/s, e_bytes {e_bytes:.2f}, e_flops {e_flops:.2f}")
+
+    yield from (Row("scale", what, ratio, None, detail) for what, ratio, detail in costs.predictions(o.gpu, e_bytes, e_flops, o.tokens_per_step))
+
+
+ROWS = {f.__name__: f for f in (step, cache, batch, train, flops, transformers, load, scale)}
+
+
+def main() -> None:
+    (o,) = arguments(__doc__, Bench)
+    chosen = [name.strip() for name in o.only.split(",")] if o.only else list(ROWS)
+    for what, value, choices in (("only", {*chosen}, ROWS), ("gpu", {o.gpu}, costs.GPUS)):
+        if value - choices.keys():
+            raise ValueError(f"{what}={', '.join(sorted(value - choices.keys()))}: choose from {', '.join(choices)}")
+    if o.repeats < 0 or not 0 < o.tokens_per_step <= 32:
+        raise ValueError(f"repeats={o.repeats} must not be negative, and tokens_per_step={o.tokens_per_step} must lie in (0, 32]")
+    o.repeats = o.repeats or (3 if o.quick else 7)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    named = re.search(r"model name\s*: (.*)", info)
+    machine = {"processor": named[1] if named else platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
+               "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(DTYPE)[6:], "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), f"({REASON})\n")
+    print("| row | what | A / B (quartiles) | A / B, measured | target |\n|---|---|--:|--:|---|", flush=True)
+    rows, begin = [], time.perf_counter()
+    with tqdm(chosen, unit="row", disable=None, dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_description(name)
+            for row in ROWS[name](o):
+                row = row._replace(target="") if o.quick else row  # targets are for the large shapes
+                rows.append(row)
+                tqdm.write(str(row), file=sys.stdout)
+                sys.stdout.flush()
+            if o.save:  # after each: what is there survives Ctrl-C
+                text = json.dumps({"machine": machine, "options": asdict(o), "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
+                write_atomic(Path(o.save), lambda path, text=text: path.write_text(text))
+    print(f"\n{time.perf_counter() - begin:.0f} seconds" + ", --quick: small shapes and few repeats, not to be quoted" * o.quick)
+    print("\n" + costs.__doc__.strip())
+
+
+if __name__ == "__main__":
+    run(main)
