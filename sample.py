@@ -171,7 +171,7 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
     least, most = blocks or (-(-target.config.max_len // block) if block else 1), math.ceil(tokens)
     steps = steps or sorted({max(least, min(k, most)) for k in (1, 2, 4, *(math.ceil(tokens / n) for n in (8, 5, 3, 2, 1)))})
     rule = sampler.rule if sampler.rule in ("random", "left-to-right") else "static"
-    ways = [replace(sampler, rule=rule, steps=k) for k in steps]
+    ways = [replace(sampler, rule=rule, steps=k, sub_block=0) for k in steps]  # a budget is shared out over whole blocks
     ways += [replace(sampler, rule="threshold", threshold=t, steps=0) for t in thresholds or (0.3, 0.5, 0.7, 0.85, 0.95)]
     starts = dict.fromkeys(["cold", *(["warm"] if reference else []), sampler.start])
     settings = [Setting("SeqD", seqd, None, replace(way, carry="none"), residual) for way in ways if seqd is not None]
