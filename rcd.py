@@ -614,7 +614,7 @@ def step_budget(masks: list[int], steps: int) -> list[int]:
     """
     open_blocks = sum(m > 0 for m in masks)
     if steps and steps < open_blocks:
-        raise ValueError(f"steps={steps} is fewer than the {open_blocks} blocks or sub-blocks to fill, a forward each: more steps or larger ones")
+        raise ValueError(f"steps={steps} is fewer than the {open_blocks} blocks or sub-blocks, and each takes one: more steps or larger blocks")
     out, left, steps_left = [], sum(masks), min(steps or sum(masks), sum(masks))
     for m in masks:
         open_blocks -= m > 0
@@ -658,8 +658,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) first mask, T = nothing to fill
     first = first // b * b if c.block_size or b == T else first
     sub = min(s.sub_block or b, b)
-    alone = int(s.sub_block > 0 and c.block_size > 0 and c.logit_shift)  # Fast-dLLM v2: first the token that the clean block before predicts
-    parts, at = -(-b // sub) + alone, column - first[:, None]  # parts of a block: all masks of one part are predicted, later ones wait; (B, T)
+    alone = int(s.sub_block > 0 and c.block_size > 0 and c.logit_shift)  # Fast-dLLM v2: first what the clean block before predicts
+    parts, at = -(-b // sub) + alone, column - first[:, None]  # of a block; while one is filled, the masks of later ones wait; (B, T)
     block_of = (at // b * parts + at % b // sub + alone * (at % b > 0)).masked_fill(~fill, -1)  # (B, T): the part that a mask is in
     n_blocks = int(block_of.max()) + 1
     counts = torch.stack([(block_of == j).sum(1) for j in range(n_blocks)], 1).tolist() if n_blocks else [[]] * B  # masks of each block

@@ -5,8 +5,8 @@ that has no such character (so a puzzle is typed cell by cell, white space does 
 --prompt, a model that was trained on examples gets new ones from its data set, drawn with --seed, and its answers are checked.
 
 What is seen: tokens in the colour of the step that committed them, the newest inverted; masks shaded by alpha, the weight of the residual
-that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it is one line of text per step. The answer of a chat model, or of
-any that comes from elsewhere, is text that appears as its blocks fill, with the numbers on stderr; --no-stream shows its steps as well.
+that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it is one line of text per step. The answer of a chat model, or
+of any that was not trained here, is text that appears as its blocks fill, with the numbers on stderr; --no-stream shows its steps instead.
 
 --eval measures accuracy against forward passes instead, on --eval=NAME (a data set) or on --eval=FILE (a puzzle per line: the canvas with
 "_" for the cells to fill, white space, its solution).
@@ -239,7 +239,7 @@ class Options:
     compare: bool = False  # SeqD and RCD side by side on the same canvas
     html: str = ""  # also write the run to this file, a page with a step slider
     plain: bool = False  # one line of text per step, no colours
-    stream: bool = True  # of chat models and of those from elsewhere: the answer as text, block by block, instead of its steps
+    stream: bool = True  # of chat models and of those not trained here: the answer as text, block by block, instead of its steps
     eval: str = ""  # instead of sampling: a table of accuracy against forward passes, on a data set's test split or a file of puzzles
     limit: int = 200  # with --eval: the first so many canvases
     plot: str = ""  # with --eval: also draw the table into this file (PNG, SVG or PDF)
@@ -261,7 +261,8 @@ class Options:
 def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     """Defaults for what was not typed: what the model's makers recommend, and the rule that a typed budget or threshold implies."""
     values = {"carry": "residual" if loaded.meta.get("stage") == "target" else "none", **loaded.meta.get("residual", {}), **loaded.defaults}
-    implied = [rule for name, rule in (("threshold", "threshold"), ("entropy_bound", "entropy"), ("steps", "static")) if name in typed]
+    rules = {"threshold": "threshold", "entropy_bound": "entropy", "steps": "static", "certainty": "static"}
+    implied = [rule for name, rule in rules.items() if name in typed]
     return {**values, "steps": 0, "rule": implied[0]} if implied else values
 
 

@@ -19,7 +19,7 @@ LONG = {**SIZES, "max_position_embeddings": 160}
 
 
 def checkpoint(folder, family: str, sharpness: float, **changes):
-    """(forward, loaded): a random checkpoint as its original class computes it, tokens -> logits (T, V) in float64, and as it loads here."""
+    """A random checkpoint, (forward, loaded): tokens -> logits (T, V) in float64 by its original class, and what it is loaded as here."""
     if family == "llada2":
         model = glm()
         model.lm_head.weight.data *= sharpness
@@ -84,6 +84,31 @@ def says_something(records: list[list[tuple]], several: bool = True) -> None:
     assert len(drawn) > 4, drawn
 
 
+@pytest.mark.parametrize("family, changes", [
+    ("sdar", dict(block_size=4)), ("llada", {}), ("llada2", dict(block_size=4)), ("Dream", {}), ("Fast_dLLM_Qwen", dict(bd_size=8)),
+    ("a2d-qwen3", {}), ("a2d-qwen3", dict(block_size=8)),
+])  # fmt: skip
+def test_probabilities_with_padding_and_cache(tmp_path, family, changes):
+    """Every probability that a run on a padded batch looks at is that of the original's single forward on the row alone, to 1e-5."""
+    forward, loaded = checkpoint(tmp_path, family, 2, **changes)
+    c, rows = loaded.model.config, prompts(3, 8, 13)
+    b, spread = c.block_size or 1, []
+    lengths = [-(-(len(row) + 12) // b) * b for row in rows]
+    before = [row + [MASK] * (n - len(row)) for row, n in zip(rows, lengths)]
+    canvas = torch.tensor([row + [7] * (max(lengths) - len(row)) for row in before])
+    s = replace(rcd.Sampler(**loaded.defaults), rule="static", steps=0)
+    for step in rcd.denoise(loaded.model, canvas, s, lengths=torch.tensor(lengths)):
+        for i, n in enumerate(lengths):
+            cells = step.confidence[i].nonzero()[:, 0]
+            if len(cells):
+                z = forward(before[i][: (int(cells[-1]) // b + 1) * b] if c.block_size else before[i])
+                expected = z[cells - int(c.logit_shift)].softmax(-1).amax(-1)
+                assert torch.allclose(step.confidence[i, cells].double(), expected, atol=1e-5, rtol=0)
+                spread.append(expected)
+            before[i] = step.tokens[i, :n].tolist()
+    assert len(torch.cat(spread)) > 50 and torch.cat(spread).std() > 0.01  # or the oracle says nothing
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # SDAR and LLaDA2: block by block, dynamic (threshold, else n[s]) or static
 
@@ -139,7 +164,7 @@ def test_sdar_draws_from_a_shared_stream(tmp_path):
         s = replace(rcd.Sampler(**loaded.defaults), temperature=1.0, threshold=0.5)
         [got] = ours(loaded, [row], [-(-(len(row) + 16) // 4) * 4], s, streams[0])
         expected = sdar(forward, row, 16, 4, 4, True, 0.5, (256,),
-                        lambda z, cells: z.float().softmax(-1).multinomial(1, generator=streams[1])[:, 0].tolist())  # noqa: B023  # fmt: skip
+                        lambda z, _: z.float().softmax(-1).multinomial(1, generator=streams[1])[:, 0].tolist())  # noqa: B023  # fmt: skip
         greedy = sdar(forward, row, 16, 4, 4, True, 0.5, (256,))
         assert got == expected and got != greedy
         assert ours(loaded, [row], [-(-(len(row) + 16) // 4) * 4], replace(s, top_k=1), streams[0]) == [greedy]
@@ -199,7 +224,7 @@ def test_llada_draws_from_a_shared_stream(tmp_path, temperature):
 
 
 def test_bd3lm_pads_on_the_left(tmp_path):
-    """A prompt of whole blocks: the original's loop, one token a step. Any other: its padding moves the blocks, and with them the logits."""
+    """A prompt of whole blocks: the original's loop, one token a step. Any other: its padding moves the blocks, and so the logits."""
     forward, loaded = checkpoint(tmp_path, "a2d-qwen3", 8, block_size=8)
     loaded.model.config.eos_ids = ()
     whole, other = prompts(16, 13)
@@ -313,7 +338,8 @@ def test_fast_dllm_v2(tmp_path, bd_size, lengths):
 def test_sub_blocks_of_any_model(tiny):
     """Left to right in parts of so many; the last part of a block may be shorter; end tokens end a row at the end of a part."""
     canvas = torch.tensor([[1, 2] + [11] * 14, [1] * 9 + [11] * 7])
-    for options, parts in ((dict(block_size=8), [[2], [3, 4, 5], [6, 7]]), (dict(block_size=8, logit_shift=True), [[2], [3, 4, 5], [6, 7]])):
+    parts = [[2], [3, 4, 5], [6, 7]]
+    for options in (dict(block_size=8), dict(block_size=8, logit_shift=True)):
         s = rcd.Sampler(rule="threshold", threshold=0.0, sub_block=3)
         steps = list(rcd.denoise(tiny(**options), canvas, s))
         ahead = [[8]] * ("logit_shift" in options)

@@ -222,6 +222,7 @@ def test_examples_are_drawn_with_the_seed(cli, runs):
     (["--steps=3"], dict(rule="static", steps=3)),
     (["--steps=3", "--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=3)),
     (["--entropy_bound=0.2"], dict(rule="entropy", entropy_bound=0.2, steps=0)),
+    (["--certainty=margin"], dict(rule="static", certainty="margin", steps=0)),
     (["--steps=3", "--rule=random", "--carry=none"], dict(rule="random", steps=3, carry="none")),
 ])  # fmt: skip
 def test_typed_options_win_over_the_models_own(cli, runs, monkeypatch, typed, expected):

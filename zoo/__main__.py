@@ -19,8 +19,8 @@ def show_list() -> None:
 
     known = [(name, f.name, *facts) for f in FAMILIES for name, facts in f.models.items()]
     print(table([("id", "family", "parameters", "block", "mask"), *known]))
-    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and SDAR names that end in -bN with another block. The licence is")
-    print("in each model's card.")
+    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and SDAR names that end in -bN with another block.")
+    print("The licence is in each model's card.")
     if zoo.names():
         print("\non this machine:\n" + table([(name, str(folder)) for name, folder in zoo.names().items()]))
 
@@ -47,7 +47,8 @@ def describe(folder: Path) -> None:
     print(f"family    {plan.family}")
     print("config    " + ", ".join(f"{k}={v}" for k, v in asdict(plan.config).items()))
     lacking = [n for n in TEMPLATES[plan.template or "plain"].needs if tokens is not None and n not in tokens.specials]
-    print(f"template  {plan.template or 'none: plain text'}" + f" (cannot be used: the tokenizer lacks {', '.join(lacking)})" * bool(lacking))
+    unusable = f" (cannot be used: the tokenizer lacks {', '.join(lacking)})" if lacking else ""
+    print(f"template  {plan.template or 'none: plain text'}{unusable}")
     print("sampler   " + ", ".join(f"{k}={v}" for k, v in plan.defaults.items()))
     names = {} if tokens is None else {i: n for n, i in tokens.specials.items()}
     for what, ids in {"mask": [plan.config.mask_id], "end": plan.config.eos_ids, "pad": [plan.config.pad_id]}.items():

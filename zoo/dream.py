@@ -2,7 +2,7 @@
 have biases. The mask is 151666; 151665 is <|beginoftext|>, with which no prompt needs to begin.
 
 Decoding: Fast-dLLM's threshold 0.9 in blocks of 32 loses at most a point on most tasks (arXiv 2505.22618, Table 2). The authors' own, one
-token a step over the whole canvas, is --rule=static --block_size=0 with --certainty=entropy (their alg `entropy`), confidence
+token a step over the whole canvas, is --block_size=0 with --certainty=entropy (their alg `entropy`), confidence
 (`maskgit_plus`) or margin (`topk_margin`): the same tokens at temperature 0, but for the last two, which their schedule commits in one step
 (and none in the first). Above temperature 0 theirs ranks by the tempered, filtered distribution. Their `origin` and alg_temp are not built.
 DiffuCoder's licence is not a permissive one: see its model card.

@@ -2,10 +2,10 @@
 
 A block is filled in sub-blocks of 8, left to right, and before them its first token alone: the row before it is clean, so that is the
 autoregressive prediction. A prompt that ends inside a block leaves the head of it given, and no such first token. Threshold 0.9 is the
-model card's (the code's default, 1, is one token a step). At temperature 0 the tokens are those of the authors' loop. It differs in: the
-forward that closes a block (here the next block's first step makes it too), an answer's last sub-block (here finished after an end token, for
-the same text), the autoregressive tokens at a temperature above 0 (there still argmax), and a prompt of exactly 32 tokens (which theirs never
-reads). The 1.5B model ties its head. The two ids of padding in its files disagree; padding is never read.
+model card's (the code's default, 1, is one token a step). At temperature 0 the tokens are those of the authors' loop. What differs: an
+answer's last sub-block is finished after an end token (the text is the same); above temperature 0 the first token of a block is drawn like
+the others (theirs stays argmax); and a prompt of exactly 32 tokens is read, which theirs is not. The 1.5B model ties its head. The two ids
+of padding in its files disagree; padding is never read.
 """
 
 from zoo.family import Family, Plan, Settings, Source, standard_config, standard_name
