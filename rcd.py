@@ -273,6 +273,30 @@ def sample_t(rows: int, generator: torch.Generator | None, device: torch.device 
     return (t_min + (1 - t_min) * u)[:, None]  # (B, 1)
 
 
+def document_positions(tokens: Tensor, segments: Tensor | None) -> Tensor:
+    """Every token's position in its own document: (1, T), or (B, T) where rows are packed.
+
+    tokens (B, T); segments (B, T), optional: the number of the document that a token belongs to. A document begins wherever it changes.
+    """
+    column = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+    if segments is None:
+        return column
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return column - torch.where(first, column, 0).cummax(dim=1).values  # (B, T)
+
+
+def noise_levels(tokens: Tensor, segments: Tensor | None, block_size: int, generator: torch.Generator | None) -> Tensor:
+    """t of every token (B, T), by `sample_t`: one for every document, or with block_size > 0 one for every block of every document.
+
+    One for every document is what LLaDA (a row is a document) and SDAR (rows are packed) do, one for every block what Fast-dLLM v2 does.
+    """
+    positions = document_positions(tokens, segments)
+    first = positions % block_size == 0 if block_size else positions == 0
+    group = first.expand(tokens.shape).flatten().cumsum(0) - 1  # (B * T,) documents, or blocks, numbered through the batch
+    return sample_t(int(group[-1]) + 1, generator, tokens.device)[group, 0].view(tokens.shape)  # (B, T)
+
+
 def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
     """A query sees every key whose block is not later than its own. q_pos (B, T), k_pos (B, S) absolute -> (B, T, S) bool."""
     return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
@@ -296,13 +320,9 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Ten
 
     tokens (B, T) are the clean ids; only a block-causal model reads them (earlier blocks are clean when a block is denoised).
     segments (B, T), optional: document number of every token of a packed row; documents do not see each other, positions restart.
+    Padding is one more document: its tokens see themselves, so that no row of the attention is empty.
     """
-    T = x.shape[1]
-    positions = torch.arange(T, device=x.device)[None]  # (1, T)
-    if segments is not None:
-        first = torch.ones_like(segments, dtype=torch.bool)
-        first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        positions = positions - torch.where(first, positions, 0).cummax(dim=1).values  # (B, T)
+    T, positions = x.shape[1], document_positions(tokens, segments)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]  # (B, T, T)
     if not model.config.block_size:
         return model(x, positions, None if same is None else same[:, None])
@@ -341,15 +361,17 @@ class Residual:
         if not 0 <= self.fixed <= 1:
             raise ValueError(f"fixed={self.fixed} must lie in [0, 1]")
 
-    def __call__(self, logits: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. No gradient.
+    def __call__(self, logits: Tensor, embedding: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype.
+
+        grad lets the gradient through Delta; never through alpha (the entropy's is infinite where p = 0).
 
         The softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V.
         """
         N, V = logits.shape
         alpha = torch.empty(N, device=logits.device, dtype=torch.float32)
         delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             for rows in row_chunks(N, V):
                 z = logits[rows].float()
                 p = z.softmax(-1)  # (n, V)
@@ -362,7 +384,7 @@ class Residual:
                     a = p_res.amax(-1)
                 else:
                     a = torch.full_like(alpha[rows], self.fixed if self.weight == "fixed" else 1.0)
-                alpha[rows] = 1 - a if self.weight.startswith("1-") else a
+                alpha[rows] = (1 - a if self.weight.startswith("1-") else a).detach()
                 delta[rows] = embedding[p.argmax(-1)] if self.weight == "top-1" else p.to(embedding.dtype) @ embedding  # Eq. 1
         return alpha, delta
 
@@ -394,11 +416,15 @@ class Noised(NamedTuple):
 
     tokens: Tensor  # (B, T) clean ids
     response: Tensor  # (B, T) bool, maskable
-    t: Tensor  # (B, 1) noise level
+    t: Tensor  # (B, T) noise level, or (B, 1)
     noise: Tensor  # (B, T) uniform draws behind the mask
     x: Tensor  # (B, T) ids with masks
     where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
     segments: Tensor | None  # (B, T) document numbers of packed rows
+
+    def coin(self) -> Tensor:
+        """(B, 1): one more uniform draw per row; the sum of uniforms modulo 1 is uniform, and independent of all but one of them together."""
+        return (self.noise.double().sum(1, keepdim=True) % 1).to(self.noise.dtype)
 
 
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
@@ -421,24 +447,60 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
     return context
 
 
-def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, *, context: Context | None = None,
-                   t: Tensor | None = None, generator: torch.Generator | None = None, segments: Tensor | None = None) -> Tensor:  # fmt: skip
+def earlier_context(residual: Residual) -> Context:
+    """Not in the paper: the model's *own* prediction from an *earlier*, more masked state of the same trajectory, as sampling has it.
+
+    One more forward, without gradient. The earlier state lies at a noise level drawn between t and 1 and is read without a residual.
+    """
+
+    def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        t = n.t + (1 - n.t) * n.coin()  # the same noise at a larger t masks a superset
+        x, _ = mask_tokens(n.tokens, n.response, t, n.noise, model.config.mask_id)
+        return residual_of(model, model.embed(x), n.tokens, n.where, residual, model.embedding, n.segments)
+
+    return context
+
+
+def sometimes_absent(context: Context, probability: float) -> Context:
+    """Not in the paper: a context that is absent from a row with this probability, so that the first pass of a cold start is trained too."""
+
+    def thinned(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        alpha, delta = context(model, n)
+        return alpha * (n.coin()[n.where[0], 0] >= probability), delta
+
+    return thinned
+
+
+def maskable(config: Config, tokens: Tensor, response: Tensor | None, segments: Tensor | None) -> Tensor:
+    """(B, T) bool: the tokens that the loss counts. response (B, T), None = every token.
+
+    Under logit_shift nothing stands before a document's first token: it has no row to be predicted from, and is always given.
+    """
+    response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
+    return response & (document_positions(tokens, segments) > 0) if config.logit_shift else response
+
+
+T_PER = ("document", "block")
+
+
+def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None, segments: Tensor | None = None, *,
+                   context: Context | None = None, t: Tensor | None = None, t_per: str = "document",
+                   generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
     """The masked-diffusion bound in nats per response token (LLaDA; MDLM): E_t (1/t) sum over masked of -log p(x_0 | x_t).
 
-    tokens (B, T) clean ids; response (B, T) bool, None = every token. context None is plain masked training (base, reference, SeqD);
-    reference_context(...) is stage 2 of RCD. The sum is divided by the number of *maskable* tokens, never by the number of masks, which
-    would undo the 1/t and is no bound. The head runs on masked rows only, in chunks that backward recomputes.
-    Raises ValueError if nothing is maskable.
+    tokens (B, T) clean ids; response (B, T) bool, None = every token; segments (B, T), None = every row is one document. context None is
+    plain masked training (base, reference, SeqD); reference_context(...) is stage 2 of RCD. t (B, 1) or (B, T), None = drawn per document
+    or per block (t_per). The sum is divided by the number of *maskable* tokens, never by the number of masks, which would undo the 1/t and
+    is no bound. The head runs on masked rows only, in chunks that backward recomputes.
+    Raises ValueError if nothing is maskable, or for a t_per that the model does not have.
     """
-    if response is None:
-        response = torch.ones_like(tokens, dtype=torch.bool)
-    if model.config.logit_shift:  # nothing stands before a document's first token: it has no row to be predicted from, and is always given
-        first = torch.ones_like(response)
-        first[:, 1:] = False if segments is None else segments[:, 1:] != segments[:, :-1]
-        response = response & ~first
+    if t_per not in T_PER or (t_per == "block" and not model.config.block_size):
+        raise ValueError(f"t_per={t_per!r}: choose from {', '.join(T_PER)}; block needs a block-causal model (block_size > 0)")
+    response = maskable(model.config, tokens, response, segments)
     if not bool(response.any()):
         raise ValueError("nothing to learn: no token of this batch belongs to a response")
-    t = sample_t(len(tokens), generator, tokens.device) if t is None else t
+    if t is None:
+        t = noise_levels(tokens, segments, model.config.block_size if t_per == "block" else 0, generator)
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)
     where = masked.nonzero(as_tuple=True)  # the N masked cells
@@ -764,14 +826,16 @@ class Trajectories:
     newest tokens, after residuals of residuals. Here a batch is B trajectories under way. Every training step is one denoising step of
     each: read the canvas with the residual carried so far, take the loss on all that is masked, commit where the sampler would (its own
     commit rule, on a budget drawn per trajectory), and carry the new residual on. Only, what is committed is the true token. A trajectory
-    starts cold, with everything masked, so the cold start is trained too; one that is full makes room for a new canvas. No gradient flows
-    from step to step.
+    starts cold, so the cold start is trained too; one that is full makes room for a new canvas. A block-causal model denoises all blocks
+    side by side; the documents of a packed row are canvases side by side.
+
+    given: the part of the trajectories that start with some cells given, at a noise level t ~ U(0, 1), instead of all masked. window: that
+    many steps of each trajectory make one training step, and the gradient flows back through Delta within it; 1 = through none.
     """
 
-    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu"):
-        b = config.block_size or length
-        self.block = torch.arange(length, device=device) // b  # (T,): a block-causal model denoises all blocks of a canvas side by side
-        self.n_blocks = -(-length // b)
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", packed: bool = False,
+                 given: float = 0.0, window: int = 1):  # fmt: skip
+        self.given, self.window = given, window
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -781,16 +845,48 @@ class Trajectories:
             "left": torch.ones(rows, dtype=torch.long, device=device),  # steps until everything is committed
             "threshold": torch.ones(rows, device=device),  # half of the trajectories commit whatever is surer than theirs, too
         }
+        if packed:
+            self.state["segments"] = torch.zeros(rows, length, dtype=torch.long, device=device)
 
-    def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor]], residual: Residual, generator: torch.Generator | None) -> Tensor:
-        """One step of every trajectory; fresh(n) -> tokens, response (n, T) of new canvases. Nats per token, each state weighted alike."""
-        s, device = self.state, self.block.device
+    def loss(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor, Tensor | None]], residual: Residual,
+             generator: torch.Generator | None) -> Tensor:  # fmt: skip
+        """A window of every trajectory; fresh(n) -> tokens, response, segments (n, T) of new canvases (segments None: rows are not packed).
+
+        Nats per token, each state weighted alike.
+        """
+        loss = sum(self.step(model, fresh, residual, generator) for _ in range(self.window)) / self.window
+        self.state["delta"] = self.state["delta"].detach()
+        return loss
+
+    def step(self, model: Transformer, fresh: Callable[[int], tuple[Tensor, Tensor, Tensor | None]], residual: Residual,
+             generator: torch.Generator | None) -> Tensor:  # fmt: skip
+        """One denoising step of every trajectory, and its loss."""
+        s, device = self.state, self.state["tokens"].device
+        B, T = s["tokens"].shape
         empty = (~s["masked"].any(dim=1)).nonzero()[:, 0]
         if len(empty):
-            s["tokens"][empty], s["response"][empty] = fresh(len(empty))
-            s["response"][:, 0] &= not model.config.logit_shift  # nothing stands before the first token to predict it from
+            tokens, response, segments = fresh(len(empty))
+            if segments is not None:
+                s["segments"][empty] = segments
+            s["tokens"][empty], s["response"][empty] = tokens, maskable(model.config, tokens, response, segments)
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
-            most = s["response"][empty].sum(1).clamp(min=2)
+            if self.given:
+                t = torch.rand(len(empty), 2, 1, generator=generator, device=device)
+                t = torch.where(t[:, 0] < self.given, t[:, 1], 1.0)  # (n, 1)
+                s["masked"][empty] &= torch.rand(len(empty), T, generator=generator, device=device) < t
+
+        # Documents and blocks are named by their first cell, counted through the batch: (B, T) each.
+        segments, cell = s.get("segments"), torch.arange(B * T, device=device).view(B, T)
+        positions = document_positions(s["tokens"], segments)  # (B or 1, T)
+        document = cell - positions
+        block = cell - positions % model.config.block_size if model.config.block_size else document
+
+        def count(cells: Tensor, group: Tensor) -> Tensor:
+            """How many of cells (B, T) each group holds -> (B * T,)."""
+            return torch.zeros(B * T, dtype=torch.long, device=device).index_add_(0, group.flatten(), cells.flatten().long())
+
+        if len(empty):
+            most = count(s["masked"], block).view(B, T).amax(1)[empty].clamp(min=2)  # of the row's largest block
             u, v, w = torch.rand(3, len(empty), generator=generator, device=device)
             s["left"][empty] = torch.where(u < 0.5, (2 * (most / 2) ** v).round().long(), most)  # log-uniform, 2 steps to one token a step
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
@@ -798,21 +894,22 @@ class Trajectories:
         where = masked.nonzero(as_tuple=True)  # N cells
         x = model.embed(s["tokens"].masked_fill(masked, model.config.mask_id))
         x = mix(x, where, s["alpha"][where], s["delta"][where].to(E.dtype), E[model.config.mask_id])
-        rows = model.rows(denoiser_hidden(model, x, s["tokens"]), where)  # (N, D)
+        rows = model.rows(denoiser_hidden(model, x, s["tokens"], segments), where)  # (N, D)
         nll = row_losses(model, rows, s["tokens"][where])  # (N,)
-        t = masked.sum(1) / s["response"].sum(1)  # (B,) the noise level that the trajectory is at
-        loss = (nll / t[where[0]]).sum() / s["response"].sum()
+        t = count(masked, document) / count(s["response"], document)  # (B * T,) the noise level that each document is at
+        loss = (nll / t[document[where]]).sum() / s["response"].sum()
 
-        with torch.no_grad():
-            confidence, entropy = torch.empty_like(nll), torch.empty_like(nll)
+        confidence, entropy, carried = torch.empty_like(nll), torch.empty_like(nll), []
+        with torch.set_grad_enabled(self.window > 1):
             for r in row_chunks(len(rows), model.config.vocab_size):
-                logits, cells = model.logits(rows[r]), (where[0][r], where[1][r])
-                _, confidence[r], entropy[r] = draw(logits, Sampler(), generator)
-                s["alpha"][cells], s["delta"][cells] = (v.to(torch.float32) for v in residual(logits, E))
-            group = where[0] * self.n_blocks + self.block[where[1]]  # a budget for every block of every row
-            masks = torch.bincount(group, minlength=len(t) * self.n_blocks)
-            quota = -(-masks // s["left"].repeat_interleave(self.n_blocks))
-            commit = choose(Sampler(), torch.stack([group, where[1]], dim=1), confidence, entropy, quota, generator)
+                logits = model.logits(rows[r])
+                _, confidence[r], entropy[r] = draw(logits.detach(), Sampler(), generator)
+                carried.append(residual(logits, E, grad=self.window > 1))
+            for name, parts in zip(("alpha", "delta"), zip(*carried)):
+                s[name] = s[name].index_put(where, torch.cat(parts).to(s[name].dtype))
+        with torch.no_grad():
+            quota = -(-count(masked, block) // s["left"].repeat_interleave(T))  # a budget for every block of every document
+            commit = choose(Sampler(), torch.stack([block[where], where[1]], dim=1), confidence, entropy, quota, generator)
             commit |= confidence > s["threshold"][where[0]]
             s["masked"] = masked.index_put(where, ~commit)
             s["left"] = (s["left"] - 1).clamp(min=1)

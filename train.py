@@ -31,12 +31,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import data
 import zoo
-from rcd import Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, reference_context, sample_t
+from rcd import (CHUNK, T_PER, Config, Layer, Residual, Sampler, SwiGLU, Trajectories, Transformer, diffusion_loss, earlier_context, maskable,
+                 noise_levels, reference_context, sometimes_absent)  # fmt: skip
 from sample import Setting, arguments, autocast, evaluate, pick_device, run, sweep, table
+from zoo import checkpoint
 from zoo.files import load, save, write_atomic
 
 OUT = Path("out")
@@ -50,7 +53,10 @@ class Train:
     data: str = "sudoku"  # data set: a folder under data/, or a folder that its prepare.py wrote (--out)
     name: str = ""  # the run is out/<name>/; default: the data set's name
     stage: str = "all"  # base | reference | target | all
-    recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual)
+    recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual) | earlier (the residual of its own earlier state)
+    absent: float = 0.0  # recipes paper and earlier: part of the rows that get no residual, so that a cold start is trained too
+    window: int = 1  # recipe trajectory: denoising steps that make a training step; the gradient flows back through them
+    given: float = 0.0  # recipe trajectory: part of the trajectories that start with cells given at random, not all masked
     init_from: str = ""  # start from this model instead of training a base: run folder, zoo name or hub folder
     reference: str = ""  # the frozen reference of stage 2 (small-to-large conversion); default: this run's stage 1
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
@@ -58,8 +64,9 @@ class Train:
     overwrite: bool = False  # train again over an existing run
     seed: int = 1337  # same seed, same machine: same weights to the bit
     device: str = ""  # cuda | mps | cpu; default: the best one found
-    dtype: str = ""  # bfloat16 | float32, of the matmuls (weights stay float32); default: bfloat16 where the processor has it
+    dtype: str = ""  # bfloat16 | float32, of the matmuls (weights, gradients, AdamW stay float32); default: bfloat16 where the processor has it
     compile: bool = False  # torch.compile the model
+    t_per: str = "document"  # one noise level t per document (LLaDA, SDAR) | per block (Fast-dLLM v2; block-causal models)
     remat: bool = False  # activation checkpointing: layers are computed again in backward, less memory for a third more compute
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
@@ -92,21 +99,39 @@ PRESETS = {  # what a 0 above stands for: the first runs in minutes on a laptop'
     "cpu": {"base_steps": 1000, "steps": 700, "batch_size": 128, "lr": 1e-3, "eval_every": 100, "n_layer": 4, "n_head": 4, "d_model": 128, "head_dim": 32, "length": 64},
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500, "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }
+# The weight of the residual where --weight does not say: Algorithm 1 has the entropy's. On trajectories a fixed half is better, because the
+# entropy weighs down just what is nearly sure but not committed yet (README: measured over three seeds).
+WEIGHT = {"trajectory": {"weight": "fixed", "fixed": 0.5}, "paper": {"weight": "entropy"}, "earlier": {"weight": "fixed", "fixed": 0.5}}
 
 
-def batches(dataset: "data.Dataset", split: str, length: int) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
-    """draw(rows, generator) -> tokens (B, T), response (B, T): random examples, or random windows of a stream, where all is response."""
-    tokens, response = dataset.tokens(split), dataset.response(split)
+Batch = tuple[Tensor, Tensor, Tensor | None]  # tokens (B, T), response (B, T) bool, segments (B, T) of packed rows
 
-    def draw(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+
+def batches(dataset: "data.Dataset", split: str, length: int) -> Callable[[int, torch.Generator], Batch]:
+    """draw(rows, generator) -> a Batch: random examples (packed or not), or random windows of a stream, where all is response."""
+    tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
+
+    def draw(rows: int, generator: torch.Generator) -> Batch:
         if response is None:
             at = torch.randint(len(tokens) - length + 1, (rows,), generator=generator).numpy()
             x = tokens[at[:, None] + np.arange(length)]  # (B, T), one gather from the memory map
-            return torch.from_numpy(x.astype(np.int64)), torch.ones(rows, length, dtype=torch.bool)
+            return torch.from_numpy(x.astype(np.int64)), torch.ones(rows, length, dtype=torch.bool), None
         at = torch.randint(len(tokens), (rows,), generator=generator).numpy()
-        return torch.from_numpy(tokens[at].astype(np.int64)), torch.from_numpy(response[at])
+        packed = None if segments is None else torch.from_numpy(segments[at].astype(np.int64))
+        return torch.from_numpy(tokens[at].astype(np.int64)), torch.from_numpy(response[at]), packed
 
     return draw
+
+
+def rows_of(x: Tensor | None, rows: list[int]) -> tuple:
+    """x (B, ...) in parts of so many rows."""
+    return (None,) * len(rows) if x is None else x.split(rows)
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device. From pinned memory CUDA copies while it computes, and since kernels are only queued, the next batch is drawn
+    while the device is busy with the last step. On a CPU there is nothing to hide: @@FIGURE@@."""
+    return tuple(x if x is None else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in batch)
 
 
 def learning_rate(o: Train, step: int, steps: int) -> float:
@@ -176,34 +201,161 @@ class Stop:
             signal.signal(number, handler)
 
 
-def validate(model: Transformer, draw: Callable, context, device: torch.device, dtype: torch.dtype, rows: int = 256, repeats: int = 4) -> float:
-    """The 1/t-weighted bound in nats per response token on validation data, always the same canvases, noise levels and masks."""
-    total = 0.0
+def validate(model: Transformer, draw: Callable, context, device: torch.device, dtype: torch.dtype, length: int, rows: int) -> float:
+    """The 1/t-weighted bound in nats per response token on validation data, always the same canvases, noise levels and masks.
+
+    1,024 canvases, fewer if they are long; a forward takes as many as a training step (rows), or 16,384 tokens.
+    """
+    total, repeats, drawn, part = 0.0, 4, max(4, min(256, (1 << 16) // length)), max(rows, (1 << 14) // length)
     with torch.no_grad(), autocast(device, dtype):
         for i in range(repeats):
-            generator = torch.Generator().manual_seed(i)
-            tokens, response = draw(rows, generator)
-            t = sample_t(rows, generator)
-            noise = torch.Generator(device).manual_seed(i)
-            total += diffusion_loss(model, tokens.to(device), response.to(device), context=context, t=t.to(device), generator=noise).item()
+            generator, noise = torch.Generator().manual_seed(i), torch.Generator(device).manual_seed(i)
+            tokens, response, segments = draw(drawn, generator)
+            t = noise_levels(tokens, segments, 0, generator)
+            count = maskable(model.config, tokens, response, segments).sum(1)  # (B,)
+            for k in torch.arange(drawn).split(part):
+                batch = (x if x is None else x[k].to(device) for x in (tokens, response, segments))
+                loss = diffusion_loss(model, *batch, context=context, t=t[k].to(device), generator=noise).item()
+                total += loss * (count[k].sum() / count.sum()).item()
     return total / repeats
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Before the start: does it fit, and how fast is the device
+
+
+def shape_of(name: str | Path) -> tuple[Transformer, int]:
+    """The model `name` without its weights (on the meta device), and the bytes of its files."""
+    folder = zoo.find(name)
+    values, found = zoo.read_json(folder / "config.json"), checkpoint.entries(folder)
+    stored = sum(map(checkpoint.nbytes, found.values()))
+    if values.pop("model_type", "") != "rcd":
+        return checkpoint.match(checkpoint.plan_for(folder, None), found, str(folder))[0], stored
+    with torch.device("meta"):
+        return Transformer(Config.from_dict(values)), stored
+
+
+def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that one layer keeps for its backward pass, its input not counted: what autograd saves in a forward on shapes alone."""
+    c, experts, saved = model.config, getattr(model.layers[-1].mlp, "experts", ()), []
+    with FakeTensorMode(), torch.device(device):
+        layer = Layer(c, 0)
+        if len(experts):  # a token goes through top_k of the experts and the shared one: as much as one SwiGLU of their widths together
+            mlp = model.layers[-1].mlp
+            shared = [mlp.shared_experts] if hasattr(mlp, "shared_experts") else []
+            layer.mlp = SwiGLU(c.d_model, sum(e.gate_proj.out_features for e in (*experts[: mlp.top_k], *shared)))
+        x = torch.empty(rows, length, c.d_model, requires_grad=True)
+        cos = torch.empty(rows, 1, length, (c.rotary_dim or c.head_dim) // 2)
+        mask = torch.empty(rows, 1, length, length, dtype=torch.bool) if masked else None
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), autocast(device, dtype):
+            layer(x, cos, cos, mask, None)
+        given = [t for t in (*layer.parameters(), x, cos, mask) if t is not None]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+        copies = 0 if dtype == torch.float32 else dtype.itemsize * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+        # what was there before is not kept by this layer, and autocast's copies of the weights are counted by memory()
+        return sum(storages.values()) - sum(storages.get(t.untyped_storage()._cdata, 0) for t in given) - copies
+
+
+def memory(model: Transformer, rows: int, length: int, packed: bool, device: torch.device, dtype: torch.dtype, remat: bool) -> dict[str, int]:
+    """Bytes that a training step needs, by what needs them; rows canvases of length tokens go through at once. model may be on meta.
+
+    Weights, their gradients and AdamW's two moments are float32: 16 bytes a parameter. Autocast keeps a copy of the matrices in dtype
+    during a forward. The logits are those of one chunk, three times (logits, softmax, gradient). These do not all reach their largest
+    at the same moment: the sum is a little more than the peak.
+    """
+    c, parameters = model.config, sum(p.numel() for p in model.parameters())
+    tokens = length * (2 if c.block_size else 1)  # [noisy | clean]
+    masked = bool(c.block_size) or packed
+    kept, x = kept_by_layer(model, rows, tokens, masked, device, dtype), 4 * rows * tokens * c.d_model
+    return {
+        "weights": 4 * parameters, "gradients": 4 * parameters, "AdamW": 8 * parameters,
+        f"{str(dtype)[6:]} copies": 0 if dtype == torch.float32 else dtype.itemsize * sum(p.numel() for p in model.parameters() if p.dim() == 2),
+        "activations": c.n_layer * x + (kept if remat else c.n_layer * kept) + masked * rows * tokens**2,
+        "logits": 12 * min(rows * length, max(1, CHUNK // c.vocab_size)) * c.vocab_size,
+    }  # fmt: skip
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on the device; 0 = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
+def report_memory(o: Train, need: Callable[[int, bool], dict[str, int]], have: int) -> None:
+    """Print what need(rows, remat) says; if it is more than there is, warn, and name the first remedy that is enough."""
+    rows = -(-o.batch_size // o.accumulate)
+    parts, other = need(rows, o.remat), need(rows, not o.remat)
+    gib, total = (lambda n: f"{n / 2**30:.2f}"), sum(parts.values())
+    shown = " + ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
+    print(f"memory: about {gib(total)} GiB of {gib(have)} free = {shown} ({gib(other['activations'])} {'without' if o.remat else 'with'} --remat)")
+    if not 0 < have < total:
+        return
+    ways = [(k, remat) for remat in sorted({o.remat, True}) for k in range(o.accumulate, o.batch_size + 1) if not o.batch_size % k]
+    enough = ((k, remat) for k, remat in sorted(ways) if sum(need(-(-o.batch_size // k), remat).values()) <= have)
+    k, remat = next(enough, (0, False))
+    if k:
+        todo = " ".join(["--remat"] * (remat and not o.remat) + [f"--accumulate={k}"] * (k > o.accumulate))
+        advice = f"{todo} needs {gib(sum(need(-(-o.batch_size // k), remat).values()))} GiB"
+    else:
+        least = sum(need(1, True).values())
+        advice = f"even --remat --accumulate={o.batch_size} needs {gib(least)} GiB: take shorter canvases or a smaller model"
+        if parts["reference"]:
+            advice += f", or a smaller --reference (this one is {gib(parts['reference'])} GiB)"
+    print(f"WARNING: this will probably run out of memory, {gib(total - have)} GiB are missing; {advice}", file=sys.stderr)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matmul here and now, the best of as many as fit: what the utilisation is measured against."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 2 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
+def forward_flops(model: Transformer, length: int, predicted: float) -> float:
+    """FLOPs of one canvas, forward (backward takes twice as many): 2 for every token and matmul parameter that it meets, 4 T H K a layer for
+    its attention, counted over all T keys. [noisy | clean] doubles the tokens. The head sees the predicted (masked) tokens alone."""
+    c, met = model.config, 0.0
+    for layer in model.layers:
+        met += sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+        if hasattr(layer.mlp, "experts"):  # a token meets top_k of them
+            idle = 1 - layer.mlp.top_k / len(layer.mlp.experts)
+            met -= idle * sum(p.numel() for p in layer.mlp.experts.parameters())
+    tokens = length * (2 if c.block_size else 1)
+    return tokens * (2 * met + 4 * c.n_layer * c.n_head * c.head_dim * length) + 2 * predicted * c.vocab_size * c.d_model
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Training
+
+
 def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset", folder: Path, length: int, residual: Residual,
-                reference: Transformer | None, origin: zoo.Loaded | None, device: torch.device, dtype: torch.dtype, meta: dict) -> None:  # fmt: skip
+                reference: Transformer | None, origin: zoo.Loaded | None, device: torch.device, dtype: torch.dtype, peak: float, meta: dict) -> None:  # fmt: skip
     """Train one stage to its end in its run folder; what is saved is the model, or its moving average if there is one.
 
-    The target learns from the frozen reference if there is one (Algorithm 1), else on its own trajectories. A pretrained model is saved
-    in the layout of its origin, so that what reads the original reads the conversion.
+    The target learns by o.recipe; only recipe=paper (Algorithm 1) reads the frozen reference. A pretrained model is saved in the layout of
+    its origin, so that what reads the original reads the conversion. peak is the FLOP/s that utilisation is measured by.
     Raises KeyboardInterrupt after Ctrl-C, everything saved.
     """
     steps = o.base_steps if stage == "base" else o.steps
     folder.mkdir(parents=True, exist_ok=True)
     dataset.tokenizer.save(folder)
     context = None if reference is None else reference_context(reference, residual)
+    if stage == "target" and o.recipe == "earlier":
+        context = earlier_context(residual)
+    if context and o.absent:
+        context = sometimes_absent(context, o.absent)
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
-    own = stage == "target" and reference is None
-    trajectories = [Trajectories(model.config, n, length, device) for n in rows] if own else []
+    own, packed = stage == "target" and o.recipe == "trajectory", dataset.segments("train") is not None
+    trajectories = [Trajectories(model.config, n, length, device, packed, o.given, o.window) for n in rows] if own else []
     state, log = State(model, o, device, trajectories), folder / "log.jsonl"
     # What must be equal for a resumed run to give the same weights: everything but where it runs and what it shows.
     free = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
@@ -220,8 +372,11 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
     if o.compile:
         model.compile()
     sampler = Sampler(rule="threshold", threshold=0.85, carry="residual" if stage == "target" else "none")
-    tokens_per_step = o.batch_size * length
-    flops = 6 * sum(p.numel() for p in model.parameters())  # per token, forward and backward; attention not counted
+    tokens_per_step = o.batch_size * length * (o.window if own else 1)
+    response = dataset.response("train")
+    predicted = length * (1.0 if response is None else float(response[:1024].mean())) / 2  # masked tokens of a canvas: t is 1/2 in the mean
+    watched = reference or (model if context else None)  # whose extra forward, without gradient, the residual comes from
+    flops = 3 * forward_flops(model, length, predicted) + (forward_flops(watched, length, predicted) if watched else 0)  # per canvas
     bar = tqdm(total=steps, initial=state.step, desc=stage, unit="step", disable=None, dynamic_ncols=True)
     begin, done, loss_sum, loss_count, shown = time.perf_counter(), state.step, 0.0, 0, {}
     with Stop() as stop, bar:
@@ -233,19 +388,25 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(o, step, steps)
 
-            def fresh(n: int, generator: torch.Generator = generator) -> tuple[Tensor, Tensor]:
-                return tuple(x.to(device, non_blocking=True) for x in draw(n, generator))
-
             loss = 0.0
-            for i, n in enumerate(rows):
-                with autocast(device, dtype):
-                    if own:
-                        part = trajectories[i].loss(model, fresh, residual, noise)
-                    else:
-                        part = diffusion_loss(model, *fresh(n), context=context, generator=noise)
-                    part = part * (n / o.batch_size)
-                part.backward()
-                loss += part.detach()
+            if own:
+                for n, part in zip(rows, trajectories):
+                    with autocast(device, dtype):
+                        term = part.loss(model, lambda k: move(draw(k, generator), device), residual, noise) * (n / o.batch_size)  # noqa: B023
+                    term.backward()
+                    loss += term.detach()
+            else:
+                batch = draw(o.batch_size, generator)
+                parts = list(zip(*(rows_of(x, rows) for x in batch)))
+                counts = [int(maskable(model.config, *part).sum()) for part in parts]  # a token counts alike, whichever part it is in
+                for count, part in zip(counts, parts):
+                    if count == 0 < sum(counts):
+                        continue  # rows without an answer
+                    with autocast(device, dtype):
+                        term = diffusion_loss(model, *move(part, device), context=context, t_per=o.t_per, generator=noise)
+                        term = term * (count / sum(counts))
+                    term.backward()
+                    loss += term.detach()
             if o.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
             state.optimizer.step()
@@ -262,17 +423,20 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
                     raise ValueError(f"the loss became {mean} at step {state.step}: lower --lr (now {o.lr}) or raise --warmup")
                 rate = (state.step - done) * tokens_per_step / (time.perf_counter() - begin)
                 entry = {"step": state.step, "loss": round(mean, 5), "lr": group["lr"], "tokens": state.step * tokens_per_step}
-                entry |= {"tokens_per_second": round(rate), "tflops": round(rate * flops / 1e12, 4)}
+                done_flops = rate / length * flops
+                entry |= {"tokens_per_second": round(rate), "tflops": round(done_flops / 1e12, 4), "mfu": round(done_flops / peak, 4)}
                 loss_sum, loss_count = 0.0, 0
                 if state.step % o.eval_every == 0 or state.step == steps:
-                    shown["val"] = entry["val_loss"] = round(validate(model, draw_val, context, device, dtype), 5)
-                    if dataset.check is not None and o.eval_items:
+                    paused = time.perf_counter()
+                    shown["val"] = entry["val_loss"] = round(validate(model, draw_val, context, device, dtype, length, rows[0]), 5)
+                    if dataset.check is not None and o.eval_items and dataset.segments("val") is None:
                         row = evaluate([Setting(stage, model, None, sampler, Residual())], dataset, "val", o.eval_items, o.eval_items, dtype)[0]
                         shown["acc"], entry["val_accuracy"], entry["val_nfe"] = f"{row['accuracy']:.1%}@{row['nfe']:.0f}", row["accuracy"], row["nfe"]
                     state.save(folder, frozen)
+                    begin += time.perf_counter() - paused  # rates are those of training alone
                 with open(log, "a") as f:
                     f.write(json.dumps(entry) + "\n")
-                bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:,.0f}", **shown)
+                bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:,.0f}", mfu=f"{entry['mfu']:.0%}", **shown)
     if state.step < steps:
         state.save(folder, frozen)
         print(f"\n{stage}: stopped at step {state.step} of {steps}, saved; go on with: {command(resume=True)}", file=sys.stderr)
@@ -302,8 +466,8 @@ def command(resume: bool = False) -> str:
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset and refuse what can not work, in one line. Returns the preset."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
-    for name, value, choices in (("preset", o.preset, PRESETS), ("stage", o.stage, (*STAGES, "all")), ("recipe", o.recipe, ("trajectory", "paper")),
-                                 ("schedule", o.schedule, ("cosine", "constant"))):  # fmt: skip
+    for name, value, choices in (("preset", o.preset, PRESETS), ("stage", o.stage, (*STAGES, "all")), ("recipe", o.recipe, tuple(WEIGHT)),
+                                 ("schedule", o.schedule, ("cosine", "constant")), ("t_per", o.t_per, T_PER)):  # fmt: skip
         if value not in choices:
             raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
     preset = PRESETS[o.preset]
@@ -317,6 +481,10 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         raise ValueError("--reference is read by --recipe=paper; the trajectory recipe needs none")
     if not 1 <= o.accumulate <= o.batch_size:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
+    if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
+        raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
+    if o.given > 1 or o.window < 1:
+        raise ValueError(f"given={o.given} is a part, at most 1; window={o.window} is a number of steps, at least 1")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
     if o.init_from and o.stage == "base":
@@ -325,7 +493,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
 
 
 def main() -> None:
-    o, shape, residual = arguments(__doc__, Train, Shape, Residual)
+    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=lambda typed: WEIGHT.get(typed.get("recipe", Train.recipe), {}))
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset = checked(o, shape, device)
     dataset = data.load(o.data)
@@ -349,6 +517,8 @@ def main() -> None:
         d_model=shape.d_model, d_ff=-(-shape.d_model * 8 // 3) // 8 * 8, max_len=max(length, 16), block_size=shape.block_size,
     )  # fmt: skip
 
+    packed = dataset.segments("train") is not None
+
     def fresh(stage: str) -> tuple[Transformer, zoo.Loaded | None]:
         """The weights that a stage starts from, and the pretrained model that they are, if they are one."""
         if stage == "base":
@@ -361,25 +531,35 @@ def main() -> None:
                 raise ValueError(f"canvases of {length} tokens are longer than max_len={loaded.model.config.max_len} of {o.init_from}")
             own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
             return loaded.model, None if own else loaded
-        if not (root / "base" / "train.json").is_file():
-            raise FileNotFoundError(f"{root}/base is not trained yet: --stage=base, or --init_from=MODEL")
         return load(root / "base", device, torch.float32), None
 
-    def reference() -> Transformer:
-        if o.reference:
-            return zoo.load(o.reference, device, None).model.requires_grad_(False)
-        if not (root / "reference" / "train.json").is_file():
-            raise FileNotFoundError(f"{root}/reference is not trained yet: --stage=reference, or --reference=MODEL")
-        return zoo.load(root / "reference", device).model.requires_grad_(False)
+    def needed(stage: str, reference: str | Path) -> Callable[[int, bool], dict[str, int]]:
+        """(rows, remat) -> bytes of a training step by what needs them, before anything is loaded."""
+        with torch.device("meta"):
+            model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base")[0]
+        parameters, more = sum(p.numel() for p in model.parameters()), {"reference": shape_of(reference)[1] if reference else 0}
+        if stage == "target" and o.recipe == "trajectory":
+            state = Trajectories(model.config, o.batch_size, length, "meta", packed).state
+            more["trajectories"] = sum(v.nbytes for v in state.values())
+        more["average"] = 4 * parameters if o.ema else 0
+        return lambda rows, remat: memory(model, rows, length, packed, device, dtype, remat) | more
 
     start = time.perf_counter()
+    peak = matmul_rate(device, dtype)
+    print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share of that")
     for stage in stages:
         if o.resume and (root / stage / "train.json").is_file():
             print(f"{stage}: already there, {root / stage}")
             continue
+        if stage != "base" and not o.init_from and not (root / "base" / "train.json").is_file():
+            raise FileNotFoundError(f"{root}/base is not trained yet: --stage=base, or --init_from=MODEL")
+        named = (o.reference or root / "reference") if stage == "target" and o.recipe == "paper" else ""
+        if named and not o.reference and not (named / "train.json").is_file():
+            raise FileNotFoundError(f"{root}/reference is not trained yet: --stage=reference, or --reference=MODEL")
+        report_memory(o, needed(stage, named), available(device))
         model, origin = fresh(stage)
         print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {o.base_steps if stage == 'base' else o.steps} steps of {o.batch_size} canvases")
-        frozen = reference() if stage == "target" and o.recipe == "paper" else None
+        frozen = zoo.load(named, device, None).model.requires_grad_(False) if named else None  # in the dtype that it is stored in
         meta = {
             "stage": stage, "recipe": o.recipe if stage == "target" else "masked", "command": command(), "seed": o.seed,
             "data": dataset.name, "data_command": dataset.meta["command"], "length": length, "template": origin and origin.template,
@@ -387,8 +567,8 @@ def main() -> None:
             "sampler": {"rule": "threshold", "threshold": 0.95}, "options": asdict(o) | asdict(shape) | asdict(residual),
             "device": str(device), "dtype": str(dtype)[6:], "torch": torch.__version__,
         }  # fmt: skip
-        train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, origin, device, dtype, meta)
-    if o.stage in ("target", "all") and dataset.check is not None and o.test_items:
+        train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, origin, device, dtype, peak, meta)
+    if o.stage in ("target", "all") and dataset.check is not None and o.test_items and dataset.segments("test") is None:
         final_table(o, root, dataset, residual, device, dtype)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} --steps=8")
 

@@ -44,6 +44,11 @@ class Dataset:
         """(N, L) bool, True = to be filled by the model; None for a stream."""
         return _open(self.folder / f"{split}_response.npy") if self.meta["kind"] == "examples" else None
 
+    def segments(self, split: str) -> np.memmap | None:
+        """(N, L) document numbers of packed rows, 0 = padding; None where every row is one document."""
+        path = self.folder / f"{split}_segments.npy"
+        return _open(path) if path.is_file() else None
+
     def text(self, ids, mask: str = "_") -> str:
         """The canvas (L,) as one string, as `check` takes it."""
         names = {i: name for name, i in self.tokenizer.specials.items()}

@@ -225,7 +225,7 @@ def test_t_is_drawn_stratified_when_it_is_not_given(tiny):
     torch.testing.assert_close(plain, spied)  # an absent residual is the plain pass: a cold start
     n = seen[0]
     g = torch.Generator().manual_seed(7)
-    assert torch.equal(n.t, sample_t(6, g)) and torch.equal(n.noise, torch.rand(6, 5, generator=g))
+    assert torch.equal(n.t, sample_t(6, g).expand(6, 5)) and torch.equal(n.noise, torch.rand(6, 5, generator=g))
     assert torch.equal(n.x == MASK, n.noise < n.t) and torch.equal(n.x[n.where], torch.full_like(n.where[0], MASK))
     assert torch.equal(n.tokens, tokens) and bool(n.response.all()) and n.segments is None and int((n.x == MASK).sum()) == len(n.where[0])
 

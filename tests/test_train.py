@@ -167,8 +167,18 @@ def test_learning_rate_by_hand():
 # The trajectory recipe: one denoising step of every trajectory, written out cell by cell.
 
 
+PACKED = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1, 1, 2, 2, 2, 2, 0, 0]])  # 0 = padding
+
+
+def documents_of(row: torch.Tensor) -> list[range]:
+    """Where each document of a row lies, padding included."""
+    cuts = [0, *(j for j in range(1, len(row)) if row[j] != row[j - 1]), len(row)]
+    return [range(a, b) for a, b in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["", "packed"])
 @pytest.mark.parametrize("block_size", [0, 4])
-def test_trajectories_against_a_literal_transcription(block_size):
+def test_trajectories_against_a_literal_transcription(block_size, segments):
     T, B, c = 8, 3, Config(vocab_size=9, mask_id=8, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, d_model=16, d_ff=24, block_size=block_size)
     model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -178,18 +188,31 @@ def test_trajectories_against_a_literal_transcription(block_size):
     tokens = torch.randint(0, 8, (B, T), generator=generator)
     response = torch.ones(B, T, dtype=torch.bool)
     response[0, :3] = response[1, 5] = False
-    trajectories = Trajectories(c, B, T)
+    if segments is not None:
+        response &= segments > 0
+    documents = [documents_of(row) for row in (torch.ones(B, T) if segments is None else segments)]
+    for i, ranges in enumerate(documents):
+        response[i, [d[0] for d in ranges]] = False  # a first block that is all masks predicts the same everywhere: ties
+    trajectories = Trajectories(c, B, T, packed=segments is not None)
     asked = []
     masked, carried, left = response.clone(), {}, None
     for step in range(4):
-        loss = trajectories.loss(model, lambda n: asked.append(n) or (tokens, response), residual, generator)
+        loss = trajectories.loss(model, lambda n: asked.append(n) or (tokens, response, segments), residual, generator)
         left = trajectories.state["left"] + 1 if step == 0 else left  # budgets are drawn inside; from here on they count down
         # the input: the truth, [MASK], or the mix of the residual that the step before left
         x = model.embed(tokens.masked_fill(masked, c.mask_id)).clone()
         for (row, column), (alpha, delta) in carried.items():
             x[row, column] = (1 - alpha) * model.embedding[c.mask_id] + alpha * delta
-        logits = literal_logits(model, x, tokens)
-        expected = sum(-logits[i, j].log_softmax(-1)[tokens[i, j]] * response[i].sum() / masked[i].sum() for i, j in masked.nonzero().tolist())
+        logits = torch.zeros(B, T, 9)
+        expected = 0.0
+        for i in range(B):
+            for d in documents[i]:
+                d = list(d)
+                logits[i, d] = literal_logits(model, x[i : i + 1, d], tokens[i : i + 1, d])[0]
+                for j in d:
+                    if masked[i, j]:
+                        level = masked[i, d].sum() / response[i, d].sum()  # how noisy this document still is
+                        expected = expected - logits[i, j].log_softmax(-1)[tokens[i, j]] / level
         assert loss.item() == pytest.approx(float(expected / response.sum()), rel=1e-4)
         loss.backward()
         if left is None or (left < 1).any():
@@ -198,7 +221,7 @@ def test_trajectories_against_a_literal_transcription(block_size):
         confidence, now = logits.softmax(-1).amax(-1), masked.clone()
         for i in range(B):
             tau = float(trajectories.state["threshold"][i])
-            for columns in (range(k, k + (block_size or T)) for k in range(0, T, block_size or T)):
+            for columns in (d[k : k + (block_size or T)] for d in documents[i] for k in range(0, len(d), block_size or T)):
                 open_cells = sorted((j for j in columns if masked[i, j]), key=lambda j: -confidence[i, j].item())
                 for j in open_cells[: math.ceil(len(open_cells) / max(int(left[i]), 1))]:
                     now[i, j] = False
@@ -218,7 +241,7 @@ def test_trajectories_against_a_literal_transcription(block_size):
 
 
 def literal_logits(model: Transformer, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits at every cell; a block-causal model reads each block after clean blocks, one block at a time."""
+    """Logits at every cell of one document; a block-causal model reads each block after clean blocks, one block at a time."""
     b, T = model.config.block_size, x.shape[1]
     positions = torch.arange(T)[None]
     if not b:
@@ -234,6 +257,21 @@ def literal_logits(model: Transformer, x: torch.Tensor, tokens: torch.Tensor) ->
     return model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*x.shape[:2], -1).detach()
 
 
+@pytest.mark.parametrize("block_size, packed, most", [(0, False, (5, 8, 4)), (0, True, (3, 8, 4)), (4, False, (4, 4, 4)), (4, True, (3, 4, 4))])
+def test_the_budget_of_a_trajectory_lies_between_two_steps_and_one_token_a_step_of_its_largest_block(block_size, packed, most):
+    c = Config(vocab_size=9, mask_id=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, d_model=16, d_ff=24, block_size=block_size)
+    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
+    response = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1] * 6 + [0] * 2]) if packed else None
+    budgets, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(200):
+        trajectories = Trajectories(c, 3, 8, packed=packed)
+        trajectories.loss(model, lambda n: (torch.zeros(3, 8, dtype=torch.long), response, segments), Residual(), generator)
+        budgets.append(trajectories.state["left"] + 1)  # the first step is done
+    budgets = torch.stack(budgets)
+    assert tuple(budgets.amin(0).tolist()) == (2, 2, 2) and tuple(budgets.amax(0).tolist()) == most
+
+
 def test_trajectories_start_cold_and_end_full():
     c = Config(vocab_size=9, mask_id=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, d_model=16, d_ff=24)
     model, generator = Transformer(c).init_weights(torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
@@ -242,7 +280,7 @@ def test_trajectories_start_cold_and_end_full():
 
     def draw(n):
         fresh.append(n)
-        return torch.randint(0, 8, (n, 10), generator=generator), response[:n]
+        return torch.randint(0, 8, (n, 10), generator=generator), response[:n], None
 
     seen = []
     for _ in range(40):
@@ -255,7 +293,7 @@ def test_trajectories_start_cold_and_end_full():
         seen.append(after.sum().item())
     assert fresh[0] == 4 and sum(fresh) > 8 and min(fresh[1:]) < 4  # rows are replaced one by one, as they fill
     cold = Trajectories(c, 4, 10)
-    loss = cold.loss(model, lambda n: (torch.zeros(4, 10, dtype=torch.long), response), Residual(), generator)
+    loss = cold.loss(model, lambda n: (torch.zeros(4, 10, dtype=torch.long), response, None), Residual(), generator)
     plain = diffusion_loss(model, torch.zeros(4, 10, dtype=torch.long), response, t=torch.ones(4, 1))
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)  # the first step is an ordinary pass at t = 1
 

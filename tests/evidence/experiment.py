@@ -1,0 +1,356 @@
+"""A named experiment over several seeds, in one command: `python tests/evidence/experiment.py sudoku`.
+
+An experiment is a list of runs, each one command line of train.py, and a list of curves, each a trained model under the sampler with accuracy
+(or, for text, infilling and the verdict of an autoregressive judge) over step budgets and confidence thresholds. Runs and curves are cells
+under out/<experiment>/: a finished one is not made again, an interrupted run goes on where it stopped, so the command may be killed and
+typed again, and different seeds may be made side by side in different shells.
+
+What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and
+<experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within them, test items. Nothing is
+chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half of the test canvases, an
+experiment the second; what is fitted (fit below) is fitted on validation canvases.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import zoo
+from rcd import Residual, Sampler, denoise, diffusion_loss
+from sample import Setting, autocast, evaluate, pick_device, run
+from zoo.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model under the sampler. Braces name runs of the same seed."""
+
+    label: str
+    run: str  # the run whose model is sampled
+    sampler: dict = field(default_factory=dict)  # Sampler fields other than the commit rule's
+    residual: dict = field(default_factory=dict)  # Residual fields other than those it was trained with
+    reference: str = ""  # the run that warms the start up
+    fit: tuple[str, tuple] = ()  # (Residual field, values): the value with the best validation accuracy over the thresholds is taken
+
+
+@dataclass(frozen=True)
+class Experiment:
+    about: str
+    options: str  # of train.py, for every run
+    runs: dict[str, str]  # name -> further options of train.py; {name} is the model of an earlier run
+    curves: list[Curve]
+    steps: tuple[int, ...] = (1, 2, 4, 6, 9, 13, 26)
+    thresholds: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
+    items: int = 500  # test canvases
+    judge: str = ""  # text: the autoregressive run that judges what was written
+    folder: str = ""  # its cells are under out/<folder>/; default: the experiment's name. Experiments that share runs share a folder
+
+
+PLAIN = {"base": "--stage=base", "seqd": "--stage=reference --init_from={base}"}
+BEST, LETTER = "--stage=target --init_from={base}", "--stage=target --recipe=paper --init_from={base} --reference={seqd}"
+SEQD = Curve("SeqD", "seqd", {"carry": "none"})
+HEADLINE = [SEQD, Curve("RCD", "rcd"), Curve("by the letter, cold", "letter"), Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd")]
+
+
+def ablation(about: str, runs: dict[str, str], curves: list[Curve]) -> Experiment:
+    """Sudoku with stages of half the length."""
+    runs = {"base": "--stage=base", "seqd": "--stage=reference --steps=350 --init_from={base}"} | {n: f"{o} --steps=350" for n, o in runs.items()}
+    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999), folder="ablation")
+
+
+WEIGHTS = {w: f"--weight={w}" for w in ("entropy", "confidence", "1-entropy", "1-confidence", "one", "top-1")}
+WEIGHTS |= {f"fixed-{a}": f"--weight=fixed --fixed={a}" for a in (0.3, 0.5, 0.7)}
+FIXED, EARLIER = "--weight=fixed --fixed=0.5", "--stage=target --recipe=earlier --init_from={base}"
+REMEDIES = {
+    "letter": LETTER, "letter-absent": f"{LETTER} --absent=0.3", "letter-fixed": f"{LETTER} {FIXED}", "letter-fixed-absent": f"{LETTER} {FIXED} --absent=0.3",
+    "earlier-absent": f"{EARLIER} --weight=entropy --absent=0.3", "earlier-fixed-absent": f"{EARLIER} {FIXED} --absent=0.3",
+    "entropy": f"{BEST} --weight=entropy", "fixed-0.5": f"{BEST} {FIXED}", "fixed-0.5-window-2": f"{BEST} {FIXED} --window=2 --batch_size=64",
+}  # fmt: skip
+
+EXPERIMENTS = {
+    "sudoku": Experiment(
+        "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right", "--data=sudoku",
+        PLAIN | {"rcd": BEST, "letter": LETTER, "seqd-more": "--stage=reference --init_from={base} --steps=1120"},
+        [*HEADLINE, Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"})],
+    ),
+    "latin": Experiment(
+        "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
+        PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE,
+    ),
+    "sums": Experiment(
+        "chain of thought: five running sums of six one-digit numbers; all of them must be right", "--data=sums",
+        PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE, steps=(1, 2, 4, 8, 15),
+    ),
+    "text": Experiment(
+        "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 (writing, temperature 1)",
+        "--data=shakespeare_char --length=64 --batch_size=12",
+        {"base": "--stage=base --base_steps=2000", "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7"}
+        | {"seqd": "--stage=reference --init_from={base} --steps=1400", "rcd": BEST + " --steps=1400", "letter": LETTER + " --steps=1400"},
+        HEADLINE, steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.7, 0.9), items=400, judge="judge",
+    ),
+    "weights": ablation("the residual's weight, each trained with it on trajectories", {n: f"{BEST} {o}" for n, o in WEIGHTS.items()}, [Curve(n, n) for n in WEIGHTS]),
+    "remedies": ablation(
+        "how the target is trained: Algorithm 1, rows without a residual, its own earlier state, its own trajectories", REMEDIES,
+        [Curve(n, n) for n in REMEDIES] + [Curve(f"{n}, warm", n, {"start": "warm"}, reference="seqd") for n in REMEDIES if n.startswith("letter")],
+    ),
+    "starts": ablation(
+        "a block's first residual", {"letter": LETTER, "fixed-0.5": f"{BEST} {FIXED}"},
+        [Curve(f"{label}, {start}", name, {"start": start}, reference="seqd" if start == "warm" else "")
+         for label, name in (("letter", "letter"), ("trajectory", "fixed-0.5")) for start in ("cold", "warm", "self", "dirichlet")],
+    ),
+    "temperature": ablation(
+        "T_res at sampling, by the letter with a warm start", {"letter": LETTER},
+        [Curve(f"T_res {t}", "letter", {"start": "warm"}, {"t_res": t}, "seqd") for t in (0.5, 0.8, 0.92, 1.0, 1.25, 2.0)]
+        + [Curve(f"T_res {t}, Delta tempered", "letter", {"start": "warm"}, {"t_res": t, "temper_delta": True}, "seqd") for t in (0.5, 0.8, 1.25)]
+        + [Curve("T_res fitted", "letter", {"start": "warm"}, {}, "seqd", ("t_res", (0.5, 0.65, 0.8, 0.92, 1.0, 1.25, 1.5, 2.0)))],
+    ),
+    "reference": ablation(
+        "the size of the reference, by the letter with a warm start: 0.1, 0.8 (the target's) and 2.6 million parameters",
+        {"small-base": "--stage=base --n_layer=2 --n_head=2 --d_model=64", "small": "--stage=reference --init_from={small-base}",
+         "large-base": "--stage=base --n_layer=6 --n_head=6 --d_model=192", "large": "--stage=reference --init_from={large-base}",
+         "letter": LETTER, "letter-small": LETTER.replace("{seqd}", "{small}"), "letter-large": LETTER.replace("{seqd}", "{large}")},
+        [Curve(f"{size}, warm", f"letter{run}", {"start": "warm"}, reference=reference)
+         for size, run, reference in (("smaller", "-small", "small"), ("same", "", "seqd"), ("larger", "-large", "large"))],
+    ),
+    "blocks": ablation(
+        "decoding block by block, the canvas's 36 cells in blocks of 6, 12 and 18 (bidirectional attention)", {"fixed-0.5": f"{BEST} {FIXED}"},
+        [Curve(f"{label}, block {b}", name, {"carry": carry, "block_size": b}) for b in (6, 12, 18)
+         for label, name, carry in (("SeqD", "seqd", "none"), ("RCD", "fixed-0.5", "residual"))] + [Curve("RCD", "fixed-0.5")],
+    ),
+    "block-causal": Experiment(
+        "Sudoku with block-causal attention, three blocks of 12 cells", "--data=sudoku --block_size=12 --batch_size=64",
+        PLAIN | {"rcd": BEST}, [SEQD, Curve("RCD", "rcd")], (3, 6, 9, 13, 26), (0.85, 0.95, 0.99, 0.999),
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+class SecondHalf(data.Dataset):
+    """A data set whose test split is the second half of its test canvases."""
+
+    def tokens(self, split: str) -> np.ndarray:
+        return super().tokens(split)[500 * (split == "test") :]
+
+    def response(self, split: str) -> np.ndarray:
+        return super().response(split)[500 * (split == "test") :]
+
+
+class Cells:
+    """The runs and curves of one experiment and seed under out/<experiment>/."""
+
+    def __init__(self, name: str, seed: int):
+        self.e, self.seed = EXPERIMENTS[name], seed
+        self.name = self.e.folder or name
+        self.device, self.dtype, _ = pick_device("", "")
+        self.models = {}
+
+    def folder(self, run: str) -> str:
+        """Name of a run's model, as train.py and zoo.load take it."""
+        return f"{self.name}/{run}-{self.seed}/{re.search('--stage=([a-z]+)', self.e.runs[run])[1]}"
+
+    def command(self, run: str) -> list[str]:
+        options = self.e.runs[run].format(**{r: self.folder(r) for r in self.e.runs})
+        seed = [] if "--seed" in options else [f"--seed={self.seed}"]
+        return [*self.e.options.split(), *options.split(), *seed, f"--name={self.name}/{run}-{self.seed}", "--test_items=0", "--eval_items=0"]
+
+    def train(self, run: str) -> None:
+        if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
+            print(f"python train.py {' '.join(self.command(run))}", flush=True)
+            started = (ROOT / "out" / self.folder(run) / "state.safetensors").is_file()
+            subprocess.run([sys.executable, "train.py", *self.command(run), *(["--resume"] if started else [])], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+    def model(self, run: str) -> zoo.Loaded | None:
+        if run and run not in self.models:
+            self.models[run] = zoo.load(ROOT / "out" / self.folder(run), self.device)
+        return self.models[run] if run else None
+
+    def settings(self, c: Curve, residual: dict) -> list[Setting]:
+        loaded, reference = self.model(c.run), self.model(c.reference)
+        trained = {k: v for k, v in loaded.meta.get("residual", {}).items()}
+        ways = [Sampler(rule="static", steps=k, **c.sampler) for k in self.e.steps]
+        ways += [Sampler(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
+        return [Setting(c.label, loaded.model, reference and reference.model, way, Residual(**trained | c.residual | residual)) for way in ways]
+
+    def curve(self, c: Curve) -> list[dict]:
+        """Its rows, from its file if that was made of the same settings."""
+        path = ROOT / "out" / self.name / f"{re.sub('[^a-zA-Z0-9.]+', '-', c.label)}-{self.seed}.json"
+        made_of = json.loads(json.dumps([asdict(c), self.e.steps, self.e.thresholds, self.e.items]))
+        if path.is_file() and (stored := json.loads(path.read_text()))["made_of"] == made_of:
+            return stored["rows"]
+        dataset, fitted = data.load(self.model(c.run).meta["data"]), {}
+        dataset = dataset if self.e.judge else SecondHalf(**vars(dataset))
+        if c.fit:
+            name, values = c.fit
+            scores = {}
+            for value in values:
+                settings = [s for s in self.settings(c, {name: value}) if s.sampler.rule == "threshold"]
+                scores[value] = np.mean([r["accuracy"] for r in evaluate(settings, dataset, "val", 200, 200, self.dtype, self.seed)])
+            fitted = {name: max(scores, key=scores.get)}
+        score = infill if self.e.judge else evaluate
+        extra = (self.model(self.e.judge).model,) if self.e.judge else ()
+        rows = score(self.settings(c, fitted), dataset, "test", self.e.items, 250, self.dtype, self.seed, *extra)
+        rows = [r | fitted for r in rows]
+        write_atomic(path, lambda temporary: temporary.write_text(json.dumps({"made_of": made_of, "rows": rows}) + "\n"))
+        return rows
+
+
+def infill(settings: list[Setting], dataset: data.Dataset, split: str, items: int, batch: int, dtype: torch.dtype, seed: int, judge) -> list[dict]:
+    """Like evaluate(), for running text. Per window of 64 characters: "correct" is the share of the randomly masked half that is filled in as
+    the author wrote it (temperature 0); "judge" the nats per character that the autoregressive judge needs for 32 characters written
+    after 32 of the author's (temperature 1); "entropy" that of the characters written, in nats: low is a text that repeats itself."""
+    stream = torch.from_numpy(dataset.tokens(split).astype("int64"))
+    length, generator = 64, torch.Generator().manual_seed(0)
+    text = stream[torch.randperm(len(stream) // length, generator=generator)[:items, None] * length + torch.arange(length)]  # (N, T), disjoint
+    half = torch.rand(text.shape, generator=generator).argsort(1) < length // 2  # (N, T)
+    end = (torch.arange(length) >= length // 2).expand_as(half)  # (N, T)
+    rows = []
+    for s in tqdm(settings, desc=settings[0].label, leave=False):
+        device, mask = s.model.embedding.device, s.model.config.mask_id
+        with torch.no_grad(), autocast(device, dtype):
+            noise = torch.Generator(device).manual_seed(seed)
+            for filled in denoise(s.model, text.masked_fill(half, mask).to(device), s.sampler, s.residual, reference=s.reference, generator=noise):  # noqa: B007
+                pass
+            writer = replace(s.sampler, temperature=1.0)
+            for written in denoise(s.model, text.masked_fill(end, mask).to(device), writer, s.residual, reference=s.reference, generator=noise):  # noqa: B007
+                pass
+            judged = [diffusion_loss(judge, row[None], end[:1].to(device), t=torch.ones(1, 1, device=device)).item() for row in written.tokens]
+        correct = (((filled.tokens.cpu() == text) & half).sum(1) / half.sum(1)).tolist()
+        p = torch.bincount(written.tokens[end.to(device)].flatten()).float()
+        rows.append({
+            "label": s.label, "rule": s.sampler.rule, "value": s.sampler.threshold if s.sampler.rule == "threshold" else s.sampler.steps,
+            "accuracy": float(np.mean(correct)), "nfe": filled.nfe.float().mean().item(), "correct": correct,
+            "judge": judged, "written_nfe": written.nfe.float().mean().item(), "entropy": torch.special.entr(p / p.sum()).sum().item(),
+        })  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def bootstrap(correct: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of correct (seeds, items)."""
+    rng, (S, N) = np.random.default_rng(0), correct.shape
+    means = [correct[rng.integers(S, size=S)][np.arange(S)[:, None], rng.integers(N, size=(S, N))].mean() for _ in range(draws)]
+    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
+
+
+def merge(seeds: list[list[dict]]) -> list[dict]:
+    """One curve's rows over its seeds."""
+    rows = []
+    for group in zip(*seeds):
+        first, correct = group[0], np.array([r["correct"] for r in group], dtype=float)  # (seeds, items)
+        row = {k: first[k] for k in ("label", "rule", "value")} | {"nfe": float(np.mean([r["nfe"] for r in group]))}
+        row |= {"accuracy": float(correct.mean()), "interval": bootstrap(correct), "by_seed": correct.mean(1).round(4).tolist()}
+        if "judge" in first:
+            judge = np.array([r["judge"] for r in group])
+            row |= {"judge": float(judge.mean()), "judge_interval": bootstrap(judge), "judge_by_seed": judge.mean(1).round(4).tolist()}
+            row |= {k: float(np.mean([r[k] for r in group])) for k in ("entropy", "written_nfe")}
+        rows.append(row | ({"fitted": [r["t_res"] for r in group]} if "t_res" in first else {}))
+    return rows
+
+
+def frontier(rows: list[dict], nfe: float) -> float:
+    """The best accuracy that a curve reaches within nfe forward passes, by any of its rules."""
+    return max((r["accuracy"] for r in rows if r["nfe"] <= nfe + 1e-9), default=0.0)
+
+
+def summary(curves: list[list[dict]]) -> list[str]:
+    """What the issue of the paper is: each curve against the first one, SeqD."""
+    peak = max(curves[0], key=lambda r: (round(r["accuracy"], 6), -r["nfe"]))
+    lines = ["| | best accuracy | at NFE | first at SeqD's best | " + " | ".join(f"within {n} NFE" for n in (3, 4, 5, 6, 8)) + " |", "|---|--:|--:|--:|" + "--:|" * 5]
+    for rows in curves:
+        best = max(rows, key=lambda r: (round(r["accuracy"], 6), -r["nfe"]))
+        reach = min((r["nfe"] for r in rows if r["accuracy"] >= peak["accuracy"]), default=math.nan)
+        cells = [f"{best['accuracy']:.1%}", f"{best['nfe']:.2f}", "never" if math.isnan(reach) else f"{reach:.2f} ({peak['nfe'] / reach:.1f}x fewer)"]
+        lines.append(f"| {rows[0]['label']} | " + " | ".join(cells + [f"{frontier(rows, n):.1%}" for n in (3, 4, 5, 6, 8)]) + " |")
+    return lines
+
+
+def table(curves: list[list[dict]]) -> list[str]:
+    """Every figure: a line per setting, the curves side by side."""
+    labels = [rows[0]["label"] for rows in curves]
+    lines = ["| rule | " + " | ".join(f"{label}: accuracy (95 %) | NFE" for label in labels) + " |", "|---|" + "--:|--:|" * len(labels)]
+    for group in zip(*curves):
+        rule, value = group[0]["rule"], group[0]["value"]
+        cells = [f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%}) | {r['nfe']:.2f}" for r in group]
+        lines.append(f"| {f'threshold {value:g}' if rule == 'threshold' else f'{value} step' + 's' * (value > 1)} | " + " | ".join(cells) + " |")
+    if "judge" in curves[0][0]:
+        lines += ["", "| rule | " + " | ".join(f"{label}: judge, nats per character (95 %) | entropy | NFE" for label in labels) + " |", "|---|" + "--:|--:|--:|" * len(labels)]
+        for group in zip(*curves):
+            rule, value = group[0]["rule"], group[0]["value"]
+            cells = [f"{r['judge']:.2f} ({r['judge_interval'][0]:.2f} to {r['judge_interval'][1]:.2f}) | {r['entropy']:.2f} | {r['written_nfe']:.2f}" for r in group]
+            lines.append(f"| {f'threshold {value:g}' if rule == 'threshold' else f'{value} step' + 's' * (value > 1)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(curves: list[list[dict]], path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), (("threshold", "confidence threshold"), ("static", "step budget"))):
+        for k, rows in enumerate(curves):
+            curve = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["nfe"])
+            x = [r["nfe"] for r in curve]
+            axes.plot(x, [100 * r["accuracy"] for r in curve], "o-", color=f"C{k}", label=rows[0]["label"])
+            axes.fill_between(x, *[[100 * r["interval"][i] for r in curve] for i in (0, 1)], color=f"C{k}", alpha=0.15)
+        axes.set(title=name, xlabel="forward passes per canvas (NFE)", xscale="log")
+        ticks = [t for t in (1, 2, 3, 4, 6, 9, 13, 20, 32) if min(x) * 0.9 <= t <= max(x) * 1.1]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("accuracy in %")
+    figure.axes[0].legend()
+    figure.suptitle(title, fontsize="medium")
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("name", help="; ".join(f"{name}: {e.about}" for name, e in EXPERIMENTS.items()).replace("%", "%%"))
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated [1,2,3]")
+    parser.add_argument("--cells", action="store_true", help="only make the cells of these seeds, no table")
+    o = parser.parse_args()
+    if o.name not in EXPERIMENTS:
+        raise ValueError(f"no experiment {o.name!r}: choose from {', '.join(EXPERIMENTS)}")
+    if not re.fullmatch(r"\d+(,\d+)*", o.seeds):
+        raise ValueError(f"--seeds={o.seeds} should be numbers with commas between them, like 1,2,3")
+    os.chdir(ROOT)
+    e, seeds, by_seed, commands = EXPERIMENTS[o.name], [int(s) for s in o.seeds.split(",")], [], []
+    for seed in seeds:
+        cells = Cells(o.name, seed)
+        for name in e.runs:
+            cells.train(name)
+            commands.append("python train.py " + " ".join(cells.command(name)))
+        by_seed.append([cells.curve(c) for c in tqdm(e.curves, desc=f"{o.name}, seed {seed}", unit="curve", disable=None)])
+    if o.cells:
+        return
+    curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
+    facts = {"about": e.about, "command": f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}", "items": e.items, "torch": torch.__version__}
+    text = [f"# {o.name}: {e.about}", "", f"`{facts['command']}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", "",
+            *summary(curves), "", *table(curves), "", *(f"- {'-'.join(map(str, r['fitted']))}: fitted on validation canvases, by seed" for r in curves[-1][:1] if "fitted" in r)]  # fmt: skip
+    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": commands, "curves": curves}, indent=1) + "\n"))
+    write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
+    plot(curves, HERE / f"{o.name}.png", e.about)
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,141 @@
+"""The recipes beside the paper's: what the model reads in stage 2, against direct computation."""
+
+import pytest
+import torch
+
+import rcd
+from rcd import Noised, Residual, earlier_context, sometimes_absent
+
+MASK = 11  # of the tiny models
+
+
+def noised(B: int = 6, T: int = 10, t: float = 0.4, seed: int = 0) -> Noised:
+    g = torch.Generator().manual_seed(seed)
+    tokens, response = torch.randint(MASK, (B, T), generator=g), torch.rand(B, T, generator=g) < 0.8
+    noise, level = torch.rand(B, T, generator=g), torch.full((B, 1), t)
+    x, masked = rcd.mask_tokens(tokens, response, level, noise, MASK)
+    return Noised(tokens, response, level, noise, x, masked.nonzero(as_tuple=True), None)
+
+
+def test_the_coin_is_uniform_and_knows_nothing_of_the_masks():
+    n = noised(B=20_000)
+    coin = n.coin()
+    assert coin.shape == (20_000, 1)
+    share = torch.histc(coin, 10, 0, 1) / 20_000
+    assert (share - 0.1).abs().max() < 0.01  # 4.7 standard deviations
+    masks = torch.stack([coin[:, 0], *(n.noise < n.t).float().T, (n.noise < n.t).float().sum(1)])  # (12, B)
+    assert torch.corrcoef(masks)[0, 1:].abs().max() < 0.035
+
+
+@pytest.mark.parametrize("block_size", [0, 5])
+def test_the_earlier_state_is_more_masked_and_read_without_a_residual(tiny, block_size):
+    model, n, residual = tiny(block_size=block_size), noised(), Residual(weight="fixed", fixed=0.5)
+    seen = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return rcd.Transformer.embed(model, x)
+
+    model.embed = watch
+    alpha, delta = earlier_context(residual)(model, n)
+    earlier, now = seen[0] == MASK, n.x == MASK
+    assert (now <= earlier).all() and (earlier <= n.response).all() and (earlier.sum() > now.sum()).item()
+    assert torch.equal(seen[0][~earlier], n.tokens[~earlier]) and not delta.requires_grad
+    # by hand: an ordinary forward on those ids, softmax, expectation, at the cells that are masked now
+    del model.embed
+    with torch.no_grad():
+        hidden = rcd.denoiser_hidden(model, model.embed(seen[0]), n.tokens)
+        p = model.logits(hidden[now]).softmax(-1)
+    torch.testing.assert_close(delta, p @ model.embedding.detach())
+    assert alpha.tolist() == [0.5] * int(now.sum())
+
+
+def test_how_much_earlier_is_uniform_between_now_and_all_masked(tiny):
+    n = noised(B=4000, T=20, t=0.25)
+    n = n._replace(response=torch.ones_like(n.response))
+    seen = []
+    model = tiny(n_layer=1)
+    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
+    earlier_context(Residual())(model, n)
+    share = (seen[0] == MASK).float().mean(1)  # of t' = 0.25 + 0.75 u: mean 0.625, variance 0.75^2 / 12 + E[t' (1 - t')] / 20
+    variance = 0.75**2 / 12 + (0.625 - 0.625**2 - 0.75**2 / 12) / 20
+    assert abs(share.mean() - 0.625) < 0.015 and abs(share.var() - variance) < 0.006
+
+
+def test_absent_rows_have_no_residual_and_the_others_keep_theirs():
+    n = noised(B=8000)
+    N = len(n.where[0])
+    alpha, delta = sometimes_absent(lambda model, n: (torch.full((N,), 0.5), torch.ones(N, 3)), 0.3)(None, n)
+    assert alpha.unique().tolist() == pytest.approx([0.0, 0.5]) and delta.eq(1).all()
+    absent = torch.zeros(8000).index_put((n.where[0],), (alpha == 0).float())  # by row: all of a row or nothing of it
+    assert all(len(set((alpha[n.where[0] == row] == 0).tolist())) <= 1 for row in range(200))
+    has = torch.zeros(8000).index_put((n.where[0],), torch.ones(N)) > 0
+    assert abs(absent[has].mean() - 0.3) < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Trajectories: a window of steps, and starts with cells given
+
+
+def truth(B: int = 3, T: int = 8) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return torch.randint(MASK, (B, T), generator=torch.Generator().manual_seed(2)), torch.ones(B, T, dtype=torch.bool), None
+
+
+def numeric(loss, p: torch.Tensor, index: tuple[int, int], h: float = 1e-3) -> float:
+    with torch.no_grad():
+        p[index] += h
+        above = loss().item()
+        p[index] -= 2 * h
+        below = loss().item()
+        p[index] += h
+    return (above - below) / (2 * h)
+
+
+def test_the_gradient_of_a_window_is_that_of_its_loss_and_without_one_a_part_is_missing(tiny):
+    """By finite differences: through Delta, never through alpha (fixed), what is committed stays the same."""
+    model, residual = tiny().double(), Residual(weight="fixed", fixed=0.5)
+
+    def trajectories(window: int) -> rcd.Trajectories:
+        t = rcd.Trajectories(model.config, 3, 8, window=window)
+        t.state["delta"] = t.state["delta"].double()
+        return t
+
+    def loss() -> torch.Tensor:
+        return trajectories(2).loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, torch.Generator().manual_seed(0))
+
+    loss().backward()
+    for name, p in model.named_parameters():
+        if name.endswith(("down_proj.weight", "embed_tokens.weight")):
+            i = tuple(int(v) for v in p.grad.abs().eq(p.grad.abs().max()).nonzero()[0])
+            assert p.grad[i].item() == pytest.approx(numeric(loss, p.data, i), rel=2e-2)
+    through = model.layers[0].mlp.down_proj.weight.grad.clone()
+    model.zero_grad()
+    alone, g = trajectories(1), torch.Generator().manual_seed(0)
+    for _ in range(2):  # the same two steps, one at a time
+        (alone.loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, g) / 2).backward()
+    cut = model.layers[0].mlp.down_proj.weight.grad
+    assert not torch.allclose(through, cut, rtol=1e-2)  # the part that flows from the second loss through Delta to the first step
+
+
+def test_a_window_hands_its_last_residual_on_without_history(tiny):
+    t = rcd.Trajectories(tiny().config, 3, 8, window=2)
+    t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))
+    assert not any(v.requires_grad for v in t.state.values()) and t.state["delta"].abs().sum() > 0
+
+
+def test_given_cells_at_the_start(tiny):
+    B = 3000
+    tokens, response, _ = truth(B, 10)
+    seen = []
+    model = tiny(n_layer=1)
+    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
+    for given in (0.0, 0.4):
+        t = rcd.Trajectories(model.config, B, 10, given=given)
+        t.loss(model, lambda n: (tokens, response, None), Residual(), torch.Generator().manual_seed(0))
+    everything, some = seen[0] == MASK, seen[1] == MASK
+    assert everything.all() and torch.equal(seen[1][~some], tokens[~some])
+    # 60 % start all masked, the others keep a uniform share: of 10 cells each count from 0 to 10 is as likely, 1/11
+    left = torch.bincount(some.sum(1), minlength=11) / B
+    expected = torch.full((11,), 0.4 / 11)
+    expected[10] += 0.6
+    assert (left - expected).abs().max() < 0.025
