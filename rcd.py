@@ -614,10 +614,7 @@ class View:
 
 
 def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, confidence and entropy (nats; certainty=margin: p2 - p1) of every row: logits (N, V) -> three (N,).
-
-    Only the draw is tempered and filtered.
-    """
+    """Token, confidence and entropy (nats) of every row: logits (N, V) -> three (N,). Only the draw is tempered and filtered."""
     N, V = logits.shape
     token = torch.empty(N, device=logits.device, dtype=torch.long)
     confidence, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
@@ -636,10 +633,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
         token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
-        if "entropy" in (s.rule, s.certainty):
-            entropy[rows] = torch.special.entr(p).sum(-1)
-        else:
-            entropy[rows] = p.topk(2).values.diff(dim=-1)[:, 0] if s.certainty == "margin" else 0
+        entropy[rows] = torch.special.entr(p).sum(-1) if "entropy" in (s.rule, s.certainty) else 0
     return token, confidence, entropy
 
 
@@ -766,7 +760,11 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             token, confidence, entropy = draw(logits, s, generator)
             masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
-            commit = choose(s, cells, confidence, entropy, quota, generator)
+            if s.rule == "static" and s.certainty == "margin":  # p2 - p1 takes the entropy's place: the least of it goes first
+                doubt = [logits[rows].float().softmax(-1).topk(2).values.diff(dim=-1)[:, 0] for rows in row_chunks(*logits.shape)]
+                commit = choose(s, cells, confidence, torch.cat(doubt), quota, generator)
+            else:
+                commit = choose(s, cells, confidence, entropy, quota, generator)
             steps_left -= 1
 
             row, col = cells[:, 0], cells[:, 1]
