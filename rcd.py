@@ -543,6 +543,8 @@ class Sampler:
     threshold: float = 0.85  # rule=threshold commits every confidence above it, and always the best one
     entropy_bound: float = 0.1  # rule=entropy commits the k surest with H_1 + ... + H_(k-1) <= this many nats (EB-sampler, 2505.24857)
     block_size: int = 0  # decode block by block; 0 = the model's own block, the whole canvas for a bidirectional model
+    sub_block: int = 0  # fill each block in parts of so many tokens, left to right; 0 = in one (Fast-dLLM v2: 8 of 32)
+    certainty: str = "confidence"  # what rule=static takes most of: confidence | entropy (least of it) | margin (p1 - p2) (Dream's alg)
     carry: str = "residual"  # residual (RCD) | none (SeqD: sequential denoising, discarded predictions are thrown away)
     start: str = "cold"  # a block's first residual: cold (none) | warm (the reference) | self (one more forward) | dirichlet (random p)
     temperature: float = 0.0  # of the draw; 0 = argmax. Confidence always comes from the untempered, unfiltered distribution
@@ -551,10 +553,11 @@ class Sampler:
     guidance: float = 0.0  # classifier-free guidance w (LLaDA): logits = u + (w + 1)(c - u), u with the prompt masked; doubles the NFE
 
     def __post_init__(self):
-        for name, value, choices in (("rule", self.rule, RULES), ("start", self.start, STARTS), ("carry", self.carry, ("residual", "none"))):
+        for name, value, choices in (("rule", self.rule, RULES), ("start", self.start, STARTS), ("carry", self.carry, ("residual", "none")),
+                                     ("certainty", self.certainty, ("confidence", "entropy", "margin"))):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
-        for name in ("steps", "block_size", "top_k", "temperature", "guidance", "entropy_bound"):
+        for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
         if not 0 < self.top_p <= 1:
@@ -630,7 +633,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
         token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
-        entropy[rows] = torch.special.entr(p).sum(-1) if s.rule == "entropy" else 0
+        entropy[rows] = torch.special.entr(p).sum(-1) if "entropy" in (s.rule, s.certainty) else 0
     return token, confidence, entropy
 
 
@@ -640,7 +643,8 @@ def choose(s: Sampler, cells: Tensor, confidence: Tensor, entropy: Tensor, quota
     cells (N, 2) = (row, column); quota (B,) >= 1: the fewest that keep the row's step budget.
     """
     row, column = cells[:, 0].contiguous(), cells[:, 1]
-    score = {"static": confidence, "threshold": confidence, "entropy": -entropy, "left-to-right": -column.float(),
+    static = confidence if s.certainty == "confidence" else -entropy
+    score = {"static": static, "threshold": confidence, "entropy": -entropy, "left-to-right": -column.float(),
              "random": torch.rand(len(cells), generator=generator, device=cells.device) if s.rule == "random" else confidence}[s.rule]  # fmt: skip
     order = score.argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]  # row by row, best first
@@ -666,7 +670,7 @@ def step_budget(masks: list[int], steps: int) -> list[int]:
     """
     open_blocks = sum(m > 0 for m in masks)
     if steps and steps < open_blocks:
-        raise ValueError(f"steps={steps} is fewer than the {open_blocks} blocks to fill, and each needs a forward: more steps or larger blocks")
+        raise ValueError(f"steps={steps} is fewer than the {open_blocks} blocks or sub-blocks, and each takes one: more steps or larger blocks")
     out, left, steps_left = [], sum(masks), min(steps or sum(masks), sum(masks))
     for m in masks:
         open_blocks -= m > 0
@@ -682,8 +686,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each forward pass. The only sampling loop of the project.
 
     lengths (B,): tokens of each row, what follows is padding; None = T. Given tokens may stand anywhere and never change. Rows are
-    independent: at temperature 0 a row gets the same tokens in any batch. A row that drew an end token is done at the end of that block,
-    the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
+    independent: at temperature 0 a row gets the same tokens in any batch. A row that drew an end token is done at the end of that block (or
+    sub-block), the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
     """
     c, s, device = model.config, sampler, canvas.device
     if canvas.dim() != 2 or not canvas.numel() or not bool(((canvas >= 0) & (canvas < c.vocab_size)).all()):
@@ -709,7 +713,10 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     column = torch.arange(T, device=device)
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) first mask, T = nothing to fill
     first = first // b * b if c.block_size or b == T else first
-    block_of = ((column - first[:, None]) // b).masked_fill(~fill, -1)  # (B, T)
+    sub = min(s.sub_block or b, b)
+    alone = int(s.sub_block > 0 and c.block_size > 0 and c.logit_shift)  # Fast-dLLM v2: first what the clean block before predicts
+    parts, at = -(-b // sub) + alone, column - first[:, None]  # of a block; while one is filled, the masks of later ones wait; (B, T)
+    block_of = (at // b * parts + at % b // sub + alone * (at % b > 0)).masked_fill(~fill, -1)  # (B, T): the part that a mask is in
     n_blocks = int(block_of.max()) + 1
     counts = torch.stack([(block_of == j).sum(1) for j in range(n_blocks)], 1).tolist() if n_blocks else [[]] * B  # masks of each block
     budget = torch.tensor([step_budget(masks, s.steps) for masks in counts], device=device).view(B, n_blocks)
@@ -732,7 +739,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
         return z
 
     for j in range(n_blocks):
-        start, stop = first + j * b, torch.minimum(first + (j + 1) * b, lengths)  # (B,)
+        start = first + j // parts * b  # (B,)
+        stop = torch.minimum(start + b, lengths)
         cells = (block_of == j).logical_and(~ended[:, None]).nonzero()  # (N, 2): every masked cell of the active blocks
         steps_left = budget[:, j].clone()  # (B,)
         alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)  # cold: alpha = 0 is an ordinary pass
@@ -752,7 +760,11 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             token, confidence, entropy = draw(logits, s, generator)
             masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
-            commit = choose(s, cells, confidence, entropy, quota, generator)
+            if s.rule == "static" and s.certainty == "margin":  # p2 - p1 takes the entropy's place: the least of it goes first
+                doubt = [logits[rows].float().softmax(-1).topk(2).values.diff(dim=-1)[:, 0] for rows in row_chunks(*logits.shape)]
+                commit = choose(s, cells, confidence, torch.cat(doubt), quota, generator)
+            else:
+                commit = choose(s, cells, confidence, entropy, quota, generator)
             steps_left -= 1
 
             row, col = cells[:, 0], cells[:, 1]
@@ -768,7 +780,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
                 drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids, device=device))
                 ended |= drawn.any(dim=1)
                 tokens[ended[:, None] & fill & (block_of > j)] = c.pad_id
-            yield Step(j, tokens.clone(), committed, shown, carried, nfe.clone())
+            yield Step(j // parts, tokens.clone(), committed, shown, carried, nfe.clone())
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new: int, sampler: Sampler = Sampler(), residual: Residual = Residual(), *,

@@ -5,7 +5,8 @@ that has no such character (so a puzzle is typed cell by cell, white space does 
 --prompt, a model that was trained on examples gets new ones from its data set, drawn with --seed, and its answers are checked.
 
 What is seen: tokens in the colour of the step that committed them, the newest inverted; masks shaded by alpha, the weight of the residual
-that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it is one line of text per step.
+that they carry. Where stdout is no terminal (or with --plain, or NO_COLOR) it is one line of text per step. The answer of a chat model, or
+of any that was not trained here, is text that appears as its blocks fill, with the numbers on stderr; --no-stream shows its steps instead.
 
 --eval measures accuracy against forward passes instead, on --eval=NAME (a data set) or on --eval=FILE (a puzzle per line: the canvas with
 "_" for the cells to fill, white space, its solution).
@@ -171,7 +172,7 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
     least, most = blocks or (-(-target.config.max_len // block) if block else 1), math.ceil(tokens)
     steps = steps or sorted({max(least, min(k, most)) for k in (1, 2, 4, *(math.ceil(tokens / n) for n in (8, 5, 3, 2, 1)))})
     rule = sampler.rule if sampler.rule in ("random", "left-to-right") else "static"
-    ways = [replace(sampler, rule=rule, steps=k) for k in steps]
+    ways = [replace(sampler, rule=rule, steps=k, sub_block=0) for k in steps]  # a budget is shared out over whole blocks
     ways += [replace(sampler, rule="threshold", threshold=t, steps=0) for t in thresholds or (0.3, 0.5, 0.7, 0.85, 0.95)]
     starts = dict.fromkeys(["cold", *(["warm"] if reference else []), sampler.start])
     settings = [Setting("SeqD", seqd, None, replace(way, carry="none"), residual) for way in ways if seqd is not None]
@@ -238,6 +239,7 @@ class Options:
     compare: bool = False  # SeqD and RCD side by side on the same canvas
     html: str = ""  # also write the run to this file, a page with a step slider
     plain: bool = False  # one line of text per step, no colours
+    stream: bool = True  # of chat models and of those not trained here: the answer as text, block by block, instead of its steps
     eval: str = ""  # instead of sampling: a table of accuracy against forward passes, on a data set's test split or a file of puzzles
     limit: int = 200  # with --eval: the first so many canvases
     plot: str = ""  # with --eval: also draw the table into this file (PNG, SVG or PDF)
@@ -259,7 +261,8 @@ class Options:
 def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     """Defaults for what was not typed: what the model's makers recommend, and the rule that a typed budget or threshold implies."""
     values = {"carry": "residual" if loaded.meta.get("stage") == "target" else "none", **loaded.meta.get("residual", {}), **loaded.defaults}
-    implied = [rule for name, rule in (("threshold", "threshold"), ("entropy_bound", "entropy"), ("steps", "static")) if name in typed]
+    rules = {"threshold": "threshold", "entropy_bound": "entropy", "steps": "static", "certainty": "static"}
+    implied = [rule for name, rule in rules.items() if name in typed]
     return {**values, "steps": 0, "rule": implied[0]} if implied else values
 
 
@@ -484,6 +487,30 @@ class Terminal:
         return "\n".join(self.lines(trace, self.flat[: ends[0]] if ends else self.layout, "\n"))
 
 
+class Stream:
+    """An answer as it grows: all before the first mask is there to stay, so it is printed. Several answers: a bar until all are done."""
+
+    def __init__(self, traces: list[Trace], alone: bool):
+        self.traces, self.scroll, self.shown = traces if alone else [], False, 0  # traces: those that are seen live
+        self.all, self.masks = traces, sum(sum(t.open) for t in traces)
+        self.bar = tqdm(total=self.masks, unit="token", desc="sample", disable=alone or None, leave=False)
+
+    def show(self, last: bool = False) -> None:
+        for trace in self.traces:
+            text = self.text(trace, last)
+            print(text[self.shown :], end="\n" if last else "", flush=True)
+            self.shown = len(text)
+        self.bar.update(self.masks - sum(t.ids.count(t.mask_id) for t in self.all) - self.bar.n)
+        if last:
+            self.bar.close()
+
+    def text(self, trace: Trace, last: bool = True) -> str:
+        """The answer up to its first mask or end token. A character is held back until all its bytes are there, or nothing follows."""
+        ids = itertools.takewhile(lambda i: i != trace.mask_id and i not in trace.ends, trace.ids[trace.open.index(True) :])
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(trace.tokenizer.tokens.get(i, b"?") for i in ids), last)
+        return "\t".join("".join(glyphs(part, "\n")) for part in text.split("\t"))
+
+
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -583,6 +610,8 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
     """Fill the canvases under every setting, a step of each in turn; show them, write the page, and end with the numbers."""
     canvas, lengths, solutions = canvases(o, loaded, task, settings[0].sampler.block_size)
     plain = o.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    stream = o.stream and bool(o.prompt) and not o.infill and not o.compare and bool(loaded.template or not loaded.meta)
+    numbers = sys.stderr if stream else sys.stdout
     traces, seconds = [], [0.0] * len(settings)
     for s in settings:
         names = [f"{s.label} {i + 1}" if len(canvas) > 1 else s.label for i in range(len(canvas))]
@@ -591,7 +620,8 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
         rows = slice(start, start + o.batch_size)
         runs = [denoise(s.model, canvas[rows].to(device), s.sampler, s.residual, lengths=lengths[rows], reference=s.reference,
                         generator=torch.Generator(device).manual_seed(o.seed + start)) for s in settings]  # fmt: skip
-        view = Terminal([t[start] for t in traces], task.layout, plain, settings[0].sampler.steps)
+        view = (Stream(traces[0][rows], len(canvas) == 1) if stream else
+                Terminal([t[start] for t in traces], task.layout, plain, settings[0].sampler.steps))  # fmt: skip
         while any(runs):
             for k, run in ((k, run) for k, run in enumerate(runs) if run):
                 begin = time.perf_counter()
@@ -606,14 +636,14 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
             text = view.text(trace)
             if trace not in view.traces or view.scroll and "\n" in text:  # it was not to be seen as it is
                 print(f"\n{trace.label}:\n{text}" if len(settings) * len(canvas) > 1 else f"\n{text}")
-    print()
+    print(file=numbers)
     stats = []
     for s, row, took in zip(settings, traces, seconds):
         tokens, nfe = sum(b > 0 for t in row for b in t.born), sum(t.nfe for t in row)
         right = [] if solutions is None else [task.correct(t.ids, solution, t.open) for t, solution in zip(row, solutions)]
         stats.append(f"{tokens} tokens, {nfe} NFE, {tokens / nfe:.2f} tokens/step, {tokens / took:,.0f} tokens/s"
                      + (f", {sum(right)}/{len(right)} right" if right else ""))  # fmt: skip
-        print(f"{s.label}: {stats[-1]}" if o.compare else stats[-1])
+        print(f"{s.label}: {stats[-1]}" if o.compare else stats[-1], file=numbers)
     if o.html:
         text = page([t for batch in zip(*traces) for t in batch], stats * len(canvas), task.layout)
         write_atomic(Path(o.html), lambda path: path.write_text(text, encoding="utf-8"))

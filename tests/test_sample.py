@@ -136,6 +136,53 @@ def test_text_is_continued(cli, runs):
     assert cli("--model=text", "--prompt=xyz", "--steps=9")[1].startswith("  0 xyz" + "_" * 61 + "\n")  # whole blocks of 8 within 68
 
 
+CHAT = tokenizers.bytes_tokenizer(["<eos>", "<mask>", "<|im_start|>", "<|im_end|>"])
+ASKED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("block_size", [4, 0])
+def test_a_chat_models_answer_is_text(cli, runs, block_size):
+    """Nothing but the answer on stdout, the numbers on stderr; several answers one after the other; --no-stream shows the steps."""
+    meta = {"template": "qwen3", "stage": "target"}
+    model = save_run(runs[0] / "out/chat", CHAT, meta, 9, block_size=block_size, eos_ids=(256,), pad_id=256, max_len=64)
+    ids = CHAT.encode(ASKED, allow_special=True)
+    [response], [nfe] = rcd.generate(model, [ids], 20, Sampler(rule="threshold", threshold=0.2))
+    text = "".join(sample.glyphs(CHAT.decode(response), "\n"))
+    options = ["--model=chat", "--prompt=Hi", "--max_new=20", "--threshold=0.2"]
+    assert len(text) > 5 and "\t" not in CHAT.decode(response)
+    for more in ([], ["--plain"]):
+        code, out, err = cli(*options, *more)
+        assert code == 0 and out == text + "\n" and re.fullmatch(rf"\d+ tokens, {nfe} NFE, .*", err.splitlines()[-1])
+    assert cli(*options, "--num_samples=3", "--batch_size=2")[1] == "".join(f"\nRCD {i}:\n{text}\n" for i in (1, 2, 3))
+    asked = ASKED.replace("\n", "↵")
+    assert cli(*options, "--no-stream")[1].startswith(f"  0 {asked}____")
+    assert f" {asked}____" in cli(*options, "--compare")[1]
+    assert cli(options[0], "--prompt=a_b", "--infill=_", "--steps=1")[1].startswith("  0 a_b\n")
+
+
+def test_an_answer_appears_as_its_blocks_fill(cli, runs, monkeypatch, capsys):
+    """Seven commits by hand: a character is held back until its bytes are there, what stands behind a mask until the mask is filled."""
+    save_run(runs[0] / "out/chat4", CHAT, {"template": "qwen3"}, 9, block_size=4, eos_ids=(256,), pad_id=256, max_len=64)
+    start, seen = len(CHAT.encode(ASKED, allow_special=True)), []
+    answer = [*"é\tab日\x1b!".encode(), 256]
+    # cells of the answer that a step commits, and the text that is complete after it
+    script = [([1, 2], ""), ([0], "é\t"), ([4, 5, 6], ""), ([3], "ab"), ([7], "日"), ([9, 10], ""), ([8], "␛!")]
+
+    def scripted(model, canvas, *_rest, **_more):
+        for number, (cells, _text) in enumerate(script):
+            committed = torch.zeros_like(canvas, dtype=torch.bool)
+            committed[0, [start + i for i in cells]] = True
+            canvas[0, [start + i for i in cells]] = torch.tensor([answer[i] for i in cells])
+            if number == len(script) - 1:
+                canvas[0, start + len(answer) :] = 256
+            yield rcd.Step(0, canvas.clone(), committed, committed.float(), torch.zeros(canvas.shape), torch.tensor([number + 1]))
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(sample, "denoise", scripted)
+    code, out, _ = cli("--model=chat4", "--prompt=Hi", "--max_new=16")
+    assert code == 0 and seen == [text for _, text in script] and out == "\n"
+
+
 def test_draws_depend_on_the_seed_alone(cli):
     first, again, other = (cli("--model=stream", "--temperature=1", "--steps=4", f"--seed={seed}")[1].splitlines()[4] for seed in (1, 1, 2))
     assert first == again != other
@@ -175,6 +222,7 @@ def test_examples_are_drawn_with_the_seed(cli, runs):
     (["--steps=3"], dict(rule="static", steps=3)),
     (["--steps=3", "--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=3)),
     (["--entropy_bound=0.2"], dict(rule="entropy", entropy_bound=0.2, steps=0)),
+    (["--certainty=margin"], dict(rule="static", certainty="margin", steps=0)),
     (["--steps=3", "--rule=random", "--carry=none"], dict(rule="random", steps=3, carry="none")),
 ])  # fmt: skip
 def test_typed_options_win_over_the_models_own(cli, runs, monkeypatch, typed, expected):
@@ -289,6 +337,13 @@ def test_terminal_shows_short_text_line_by_line(terminal):
     lines = [line for line in screen.text() if re.match(r" *\d+ abc", line)]
     assert [line[:3] for line in lines] == ["  0", "  1", "  2", "  3"]
     assert lines[0] == "  0 abc" + "·" * 10 and not set(lines[3]) & set(sample.SHADES)
+
+
+def test_terminal_streams_an_answer(terminal, runs):
+    save_run(runs[0] / "out/chat8", CHAT, {"template": "qwen3"}, 9, block_size=4, eos_ids=(256,), pad_id=256, max_len=64)
+    screen = terminal("--model=chat8", "--prompt=Hi", "--max_new=8")
+    assert not any(style for row in screen.rows for _, style in row)
+    assert not any(c in line for c in sample.SHADES + "_" for line in screen.text()) and "user" not in "".join(screen.text())
 
 
 def test_masks_are_shaded_by_alpha(terminal):

@@ -324,7 +324,8 @@ def runs(draw):
         block_size=0 if "blocks" in kind else draw(st.sampled_from([0, 4])), carry=draw(st.sampled_from(["residual", "none"])),
         start=draw(st.sampled_from(rcd.STARTS)), temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 5.0])),
         top_k=draw(st.sampled_from([0, 1, 3, 50])), top_p=draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
-        guidance=draw(st.sampled_from([0.0, 0.0, 0.7])),
+        guidance=draw(st.sampled_from([0.0, 0.0, 0.7])), certainty=draw(st.sampled_from(["confidence", "entropy", "margin"])),
+        sub_block=0 if steps else draw(st.sampled_from([0, 0, 3])),
     )  # fmt: skip
     r = Residual(draw(st.sampled_from(rcd.WEIGHTS)), 0.3, draw(st.sampled_from([0.5, 1.0, 2.0])), draw(st.booleans()))
     return options, rows, s, r, draw(st.integers(0, 5))
@@ -731,6 +732,7 @@ def test_a_record_is_a_snapshot(tiny):
 @pytest.mark.parametrize("options, says", [
     (dict(rule="best"), "rule='best': choose from static, threshold"), (dict(carry="all"), "carry='all': choose from residual, none"),
     (dict(start="hot"), "start='hot': choose from cold, warm"),
+    (dict(certainty="sure"), "certainty='sure': choose from confidence, entropy, margin"), (dict(sub_block=-1), "sub_block=-1"),
     (dict(steps=-1), "steps=-1"), (dict(block_size=-4), "block_size=-4"), (dict(top_k=-1), "top_k=-1"),
     (dict(guidance=-0.5), "guidance=-0.5"), (dict(guidance=math.nan), "guidance=nan"),
     (dict(temperature=-1.0), "temperature=-1.0"), (dict(temperature=math.nan), "temperature=nan"),

@@ -1,7 +1,6 @@
 """The zoo against the classes of `transformers`: random tiny checkpoints written by them, read by us, must give the same logits."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -492,10 +491,12 @@ def test_peak_memory_is_that_of_the_weights(tmp_path, dtype, shards):
     assert peak <= 1.05 * weights + 2**26 + 17e6, (peak / 1e6, weights / 1e6)
 
 
-@pytest.mark.skipif("RCD_FULL_SIZE" not in os.environ, reason="writes and loads 4 GB (16 GB for LLaDA-8B): set RCD_FULL_SIZE=1")
+@pytest.mark.full_size
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", ["SDAR-1.7B-Chat", "LLaDA-8B-Instruct"])
 def test_full_size(tmp_path, name):
-    """Random bfloat16 weights in the real shapes: peak memory within 5 % of the weights, and a block of sampling."""
+    """`pytest -m full_size -s -k SDAR`: random bfloat16 weights in the real shapes, 4 GB on disk and in memory (LLaDA: 16 GB). Peak memory
+    while loading is within 5 % of the weights; a block is sampled."""
     values = {
         **QWEN3,
         "model_type": "sdar",
@@ -555,6 +556,8 @@ def test_names_runs_and_order(tmp_path, monkeypatch, capsys, tiny):
     assert loaded.tokenizer.fingerprint == tokens.fingerprint and "toy/target" in zoo.names()
     main(["check", str(folder)])
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters: all there" in capsys.readouterr().out
+    main(["check", "toy/target"])
+    assert "stage     unknown\ndata      toy\n" in capsys.readouterr().out
     main(["list"])
     assert "toy/target" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no model 'toy': .*on this machine there are: toy/target"):
@@ -803,7 +806,7 @@ def test_list_and_info(capsys, tmp_path, monkeypatch):
     main(["list"])
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("JetLM/SDAR-8B-Chat-b32"))
-    assert row.split() == ["JetLM/SDAR-8B-Chat-b32", "SDAR", "8.2B", "32", "151669", "see", "model", "card"]
+    assert row.split() == ["JetLM/SDAR-8B-Chat-b32", "SDAR", "8.2B", "32", "151669"]
     main(["info", "GSAI-ML/LLaDA-8B-Instruct"])
     assert "8.0B parameters, block -, mask id 126336" in capsys.readouterr().out
     main(["info", str(sdar(tmp_path, block_size=16))])
@@ -815,6 +818,38 @@ def test_list_and_info(capsys, tmp_path, monkeypatch):
         assert stop.value.code == 2
         err = capsys.readouterr().err
         assert err.startswith("error: no ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["check"], ["info"], ["frobnicate"], ["download", "--revisionn=x", "a/b"], ["check", "nothing"],
+                                  ["info", "nothing"], ["info", ""]])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_template_that_the_tokenizer_cannot_write_is_named(capsys, tmp_path):
+    folder = sdar(tmp_path)
+    main(["info", str(folder)])
+    assert "template  qwen3 (cannot be used: the tokenizer lacks <|im_start|>, <|im_end|>)" in capsys.readouterr().out.splitlines()
+    bytes_tokenizer(["<eos>", "<mask>", "<|im_start|>", "<|im_end|>"]).save(folder)
+    main(["info", str(folder)])
+    assert "template  qwen3" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name, notes", [("LLaDA2.0-mini", 1), ("LLaDA2.1-mini", 2)])
+def test_what_llada2_cannot_do_is_said_on_loading(tmp_path, capsys, name, notes):
+    """LLaDA2.1 loads, without its token editing; and a tokenizer that does not list the end of a turn is named."""
+    model = glm()
+    folder = write(tmp_path / name, model, llada2_tensors(model), LLADA2, num_hidden_layers=3)
+    capsys.readouterr()
+    zoo.load(folder)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(said) == notes and ("without token editing" in said[0]) == (notes == 2) and "<|role_end|>" in said[-1]
+    bytes_tokenizer(["<eos>", "<mask>", "<|role_end|>"]).save(folder)
+    loaded = zoo.load(folder)
+    assert 258 in loaded.model.config.eos_ids and "role_end" not in capsys.readouterr().err
 
 
 def test_check_prints_what_is_there(capsys, tmp_path):

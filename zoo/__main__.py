@@ -17,9 +17,10 @@ def show_list() -> None:
     """The models that are known by name, and those on this machine."""
     from zoo.families import FAMILIES
 
-    known = [(name, f.name, *facts, "see model card") for f in FAMILIES for name, facts in f.models.items()]
-    print(table([("id", "family", "parameters", "block", "mask", "licence"), *known]))
-    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and names that end in -bN with another block.")
+    known = [(name, f.name, *facts) for f in FAMILIES for name, facts in f.models.items()]
+    print(table([("id", "family", "parameters", "block", "mask"), *known]))
+    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and SDAR names that end in -bN with another block.")
+    print("The licence is in each model's card.")
     if zoo.names():
         print("\non this machine:\n" + table([(name, str(folder)) for name, folder in zoo.names().items()]))
 
@@ -27,12 +28,16 @@ def show_list() -> None:
 def describe(folder: Path) -> None:
     """Family, architecture, template and defaults of a folder, from its JSON files."""
     from zoo import checkpoint, tokenizer
+    from zoo.templates import TEMPLATES
 
     values = zoo.read_json(folder / "config.json")
     print(f"folder    {folder}")
     if values.pop("model_type", None) == "rcd":
         print("family    this project's own run")
         print("config    " + ", ".join(f"{k}={v}" for k, v in values.items()))
+        meta = zoo.read_json(folder / "train.json") if (folder / "train.json").is_file() else {}
+        for key in ("stage", "data", "command"):
+            print(f"{key:10s}{meta.get(key) or 'unknown'}")
         return
     try:
         tokens = tokenizer.load(folder)
@@ -41,7 +46,9 @@ def describe(folder: Path) -> None:
     plan = checkpoint.plan_for(folder, tokens)
     print(f"family    {plan.family}")
     print("config    " + ", ".join(f"{k}={v}" for k, v in asdict(plan.config).items()))
-    print(f"template  {plan.template or 'none: plain text'}")
+    lacking = [n for n in TEMPLATES[plan.template or "plain"].needs if tokens is not None and n not in tokens.specials]
+    unusable = f" (cannot be used: the tokenizer lacks {', '.join(lacking)})" if lacking else ""
+    print(f"template  {plan.template or 'none: plain text'}{unusable}")
     print("sampler   " + ", ".join(f"{k}={v}" for k, v in plan.defaults.items()))
     names = {} if tokens is None else {i: n for n, i in tokens.specials.items()}
     for what, ids in {"mask": [plan.config.mask_id], "end": plan.config.eos_ids, "pad": [plan.config.pad_id]}.items():
@@ -59,7 +66,7 @@ def info(name: str) -> None:
     for f in FAMILIES:
         if name.partition("@")[0] in f.models and not Path(name).is_dir():
             parameters, block, mask = f.models[name.partition("@")[0]]
-            print(f"{name}: {f.name}, {parameters} parameters, block {block}, mask id {mask}, licence: see model card")
+            print(f"{name}: {f.name}, {parameters} parameters, block {block}, mask id {mask}")
             print((sys.modules[f.plan.__module__].__doc__ or "").strip())
             return
     describe(zoo.find(name))
@@ -100,16 +107,23 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder} has no tokenizer: the weights are complete, but the model cannot be used")
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help tells more)\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line. A mistake is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m zoo", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="models known by name, and those on this machine")
     commands.add_parser("info", help="what is known about a name").add_argument("name")
     fetch = commands.add_parser("download", help="fetch a model from the Hugging Face hub into its cache")
     fetch.add_argument("name")
     fetch.add_argument("--revision", help="branch, tag or commit [main]")
-    commands.add_parser("check", help="verify a folder without loading it").add_argument("folder", type=Path)
+    commands.add_parser("check", help="verify a folder, or a model on this machine, without loading it").add_argument("folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -120,10 +134,10 @@ def main(argv: list[str] | None = None) -> None:
             from zoo.hub import download
 
             print(download(args.name, args.revision))
-        elif not args.folder.is_dir():
-            raise FileNotFoundError(f"no folder {args.folder}")
+        elif Path(args.folder).is_dir() or args.folder in zoo.names():
+            check(zoo.find(args.folder))
         else:
-            check(args.folder)
+            raise FileNotFoundError(f"no folder {args.folder}, and no such model on this machine (download fetches one from the hub)")
     except (ValueError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
 

@@ -1,7 +1,9 @@
 """dllm-hub's small models: Qwen3-0.6B and Qwen2.5-Coder-0.5B turned into masked (mdlm, bidirectional) or block (bd3lm) diffusion models.
 
-No logit shift. model_type is the same for both kinds: the name tells them apart. bd3lm was trained on blocks of 32 from position 0; the
-authors' sampler pads the prompt on the left to a whole block instead of leaving a part of it in the first block, which we do not.
+No logit shift. model_type is the same for both kinds: the name tells them apart. bd3lm was trained on blocks of 32 from position 0, and
+here sampling counts them so too: a prompt may end inside a block. The authors' sampler pads the (longest) prompt on the left to whole
+blocks, so its blocks end elsewhere in the text, in a batch even depending on the other prompts: unless a prompt fills its blocks the logits
+differ.
 Decoding: one token a step, the setting of their results.
 """
 

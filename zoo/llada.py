@@ -4,7 +4,8 @@ LLaDA-8B has names of its own. Mind that blocks.N.ff_out is the MLP's way down a
 SiLU is on ff_proj. iLLaDA has Llama's names and grouped queries; LLaDA-MoE has Qwen3's, 64 experts, and a softmax router whose top 8 are
 not renormalised, whatever its config.json says. Its model_type is "llada" as well: its architecture tells it apart.
 Decoding: LLaDA-8B at threshold 0.9 in blocks of 32 is as good as one token a step (Fast-dLLM, arXiv 2505.22618, Table 1). For iLLaDA nobody
-has published that, so: one token a step. LLaDA-MoE: 0.8 and 0.9 are in use (dInfer), the second is the safe one.
+has published that, so: one token a step. LLaDA-MoE: 0.8 and 0.9 are in use (dInfer), the second is the safe one. The authors' own loop is
+--rule=static with --steps and --block_size; it also fills what follows an end token. Their two switches against end tokens are not built.
 """
 
 import re

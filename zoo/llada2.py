@@ -3,7 +3,8 @@
 One query_key_value tensor holds the rows of all queries, then keys, then values; RoPE turns the first half of each head; the first layer
 is dense, the others have 256 experts behind a grouped sigmoid router (zoo/experts.py) and one that is shared.
 The masks of an unfinished block see one another and the past only, so the exact cache is possible, though the authors' code has none.
-Decoding: threshold 0.95 (the authors' default). Not supported: LLaDA2.1's editing of tokens that are already committed.
+Decoding: threshold 0.95 (the authors' default). LLaDA2.1 loads and is sampled in the same way, without its editing of tokens that are
+already committed: in this sampler a committed token stays, and the residual, the records and the viewers rest on that.
 """
 
 import re
@@ -52,11 +53,13 @@ def plan(s: Settings, source: Source) -> Plan:
         return Experts(config.d_model, width, n_experts, top_k, **options) if layer >= dense else None
 
     defaults = {"rule": "threshold", "threshold": 0.95, "carry": "none"}
-    note = "stop at <|role_end|> too: its id is not flagged as special in the tokenizer"
+    notes = ["sampled without token editing: a committed token stays"] if "llada2.1" in source.label.lower() else []
     role_end = source.tokenizer.specials.get("<|role_end|>") if source.tokenizer else None
     if role_end is not None and role_end != config.mask_id:
-        config.eos_ids, note = tuple(sorted({*config.eos_ids, role_end})), ""
-    return Plan("LLaDA2", config, original, "llada2", defaults, experts, (note,) if note else ())
+        config.eos_ids = tuple(sorted({*config.eos_ids, role_end}))
+    elif source.tokenizer:
+        notes.append("the tokenizer's files do not list <|role_end|>: answers end at <|endoftext|> alone")
+    return Plan("LLaDA2", config, original, "llada2", defaults, experts, tuple(notes))
 
 
 FAMILY = Family("LLaDA2", ("llada2_moe",), plan, {

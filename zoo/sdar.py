@@ -4,6 +4,8 @@ The published config.json need not hold block size and mask id: the mask is 1516
 Blocks are absolute and the prompt lies in them like everything else. The 30B-A3B router is Qwen3-MoE's: softmax, top 8, renormalised.
 Threshold: 0.85 (generate.py), 0.9 (JetEngine) and 0.95 (the authors' evaluation) are all in use; the last is the safe one. RCD's own
 models carry residuals, with blocks of 32 or 64 and threshold 0.85 (arXiv 2601.22954, Table 1).
+At temperature 0 (their top_k = 1) and 1 the tokens are those of the authors' evaluation, static or dynamic, one a step at least. At other
+temperatures their confidence is the tempered one; a budget of fewer steps is theirs for every block, here for the response.
 """
 
 from zoo.experts import Experts
