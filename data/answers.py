@@ -24,7 +24,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{|\\[A-Za-z]+(?:\{[^{}]*\})*
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} or \fbox{...} with balanced braces holds, or the word behind a \boxed without braces; None if there is none."""
+    r"""What the last \boxed{...} or \fbox{...} with balanced braces holds, or the word behind one without braces; None if there is none."""
     found, at, stack = None, -1, []  # stack: the open braces, (start, end) of \boxed{ for those that belong to one
     for match in BOX.finditer(text):
         box = None
@@ -40,7 +40,7 @@ def boxed(text: str) -> str | None:
 
 
 def response(canvas: str, solution: str, given: str) -> str:
-    """The part of a decoded canvas that the model wrote: behind the prompt, before the first end token (the one that `solution` ends in)."""
+    """What the model wrote into a decoded canvas: all behind the prompt, up to the first end token (the one that `solution` ends in)."""
     end = re.search(r"<[^<>\s]+>$", solution)
     written = canvas[len(given.rstrip("_")) :]
     return written.split(end[0])[0] if end else written
