@@ -73,7 +73,7 @@ RULES = [(re.compile(pattern, re.ASCII), new) for pattern, new in [
     (r"\\leq?(?![A-Za-z])|<=", "≤"), (r"\\geq?(?![A-Za-z])|>=", "≥"), (r"\\neq?(?![A-Za-z])|!=", "≠"),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])", "°"),
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r"‹\1›"),
-    (r"\s+", " "), (r"^ | $|(?<!\.)\. ?$", ""), (r" ?‹ ?(?:and|or) ?› ?| (?:and|or) ", "; "),
+    (r"(?<!\d)‹\s*(\([A-Za-z]\)|[+-]?\d[\d,./]*)\s*›", r"\1"), (r"\s+", " "), (r"^ | $|(?<!\.)\. ?$", ""), (r",? ?‹ ?(?:and|or) ?› ?|,? (?:and|or) ", "; "),
     (rf"(?<=[\d)}}]) ({WORDS}(?: {WORDS})*)(?= ?(?:\^|[,;)\]⦄]|$))", r"‹\1›"), (r"‹ ?percent ?›", "%"), (r"‹ ?degrees? ?›", "°"),
     (r"(?<![\d./^])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"\1⟦\2/\3⟧"),  # 1 1/2
     (r", ", ";"), (r"(?<!\d) | (?!\d)", ""),  # a space between digits stays: "1 2" is not 12
@@ -116,7 +116,7 @@ def _fraction(above: str, below: str) -> str:
 # ---- comparison
 
 NAME = re.compile(r"((?:[A-Za-z]|\\[A-Za-z]+)(?:_\w)?(?:\([A-Za-z]\))?)[=∈]([^=]*)", re.ASCII)
-NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 SCIENTIFIC = re.compile(rf"({NUMBER})(?:(?:e|E|\*10\^)([+-]?\d{{1,4}}))?", re.ASCII)
 MIXED = re.compile(r"(\d*)⟦(-?\d+)/(\d+)⟧", re.ASCII)
 RATIO = re.compile(rf"({NUMBER})/(?:({NUMBER})|\(-({NUMBER})\))", re.ASCII)

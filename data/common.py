@@ -132,7 +132,7 @@ def document_options(parser: argparse.ArgumentParser, length: int, explained: st
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
     parser.add_argument("--vocab_size", type=int, default=0, help="keep this many tokens of a BPE, in merge order; 0 = all")
     parser.add_argument("--length", type=int, default=length, help=explained)
-    parser.add_argument("--chat", default="", help=f"chat template: {', '.join(TEMPLATES)}, or auto = the model's, of the folder --tokenizer")
+    parser.add_argument("--chat", default="", help=f"chat template: {', '.join(TEMPLATES)}, or auto = that of the folder's model")
     if pack:
         parser.add_argument("--pack", action="store_true", help="several whole documents in a row of train.npy and val.npy")
         parser.add_argument("--block", type=int, default=1, help="with --pack: documents start at multiples of it; a model's block_size")
