@@ -147,7 +147,7 @@ def test_numbers_are_exact(a, b, draw):
     assert same_answer(x, draw.draw(st.sampled_from(spellings(a))))
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.lists(NUMBERS, min_size=2, max_size=5), st.randoms(), st.data())
 def test_order_matters_in_tuples_only(values, rng, draw):
     def write(values):  # no thousands: between brackets every comma separates
@@ -164,7 +164,7 @@ PIECES = [r"\frac", r"\sqrt", "{", "}", "(", ")", "[", r"\{", r"\}", ",", ";", "
 JUNK = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text(max_size=20)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(JUNK, JUNK)
 def test_nothing_raises_and_the_order_of_the_arguments_does_not_matter(a, b):
     assert same_answer(a, a) and same_answer(a, b) == same_answer(b, a)
@@ -262,13 +262,13 @@ def test_chat_rows(template, model_folder, tmp_path):
     problems = {p["question"]: p["answer"] for p in write_gsm8k(tmp_path / "in")}
     dataset = prepared(gsm8k, tmp_path / "in", tmp_path / "out", model_folder, "--chat", template, "--length", "400")
     tokenizer, end = dataset.tokenizer, dataset.tokenizer.specials[END[template]]
+    prompts = {tuple(encode_chat(tokenizer, template, [{"role": "user", "content": q}])): q for q in problems}
     assert dataset.eos_id == end and dataset.meta["template"] == template and dataset.meta["packed"] == [] and dataset.segments("train") is None
     for split in data.SPLITS:
         for ids, filled in zip(dataset.tokens(split), dataset.response(split)):
-            prompt = ids[~filled].tolist()
-            question = next(q for q in problems if encode_chat(tokenizer, template, [{"role": "user", "content": q}]) == prompt)
-            start = len(prompt)
-            assert not filled[:start].any() and filled[start:].all(), "a prompt, then nothing but response"
+            start = int(filled.argmax())
+            question = prompts[tuple(ids[:start].tolist())]
+            assert filled[start:].all(), "a prompt, then nothing but response"
             said = ids[start:].tolist()
             at = said.index(end)
             assert set(said[at:]) == {end} and tokenizer.decode(said[:at]).endswith(problems[question])
@@ -380,7 +380,7 @@ def test_packed_rows_hold_the_documents_of_unpacked_ones(chat, block, model_fold
 
 
 @pytest.mark.parametrize("damage", [lambda s, r: s[:-1], lambda s, r: s.astype(np.int32), lambda s, r: np.where(s == 1, 3, s), lambda s, r: np.where(s == 1, 0, s), lambda s, r: s[:, ::-1],
-                                    lambda s, r: np.where(s == 2, 9, s), lambda s, r: np.zeros_like(s), lambda s, r: np.where(r & (s == s.max(1, keepdims=True)), 0, s), None])  # fmt: skip
+                                    lambda s, r: np.where(s == 2, 9, s), lambda s, r: np.where(s > 0, s + 1, 0), lambda s, r: np.zeros_like(s), lambda s, r: np.where(r & (s == s.max(1, keepdims=True)), 0, s), None])  # fmt: skip
 def test_damaged_segments_are_found(damage, model_folder, tmp_path):
     write_gsm8k(tmp_path / "in")
     dataset = prepared(gsm8k, tmp_path / "in", tmp_path / "out", model_folder, "--pack", "--length", "512")
@@ -623,11 +623,15 @@ def test_a_set_for_evaluation_replaces_a_set_for_training(model_folder, tmp_path
     assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["test.npy", "test_response.npy"]
 
 
-def test_training_on_a_set_for_evaluation_is_one_line(tmp_path):
+def test_training_on_a_set_for_evaluation_is_one_line(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, math_rows())))
     prepared(math500, tmp_path / "test.jsonl", tmp_path / "out", "bytes", "--length", "128")
-    done = subprocess.run([sys.executable, ROOT / "train.py", f"--data={tmp_path / 'out'}", "--device=cpu"], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: the data set math500 has no train split, only test"
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--data={tmp_path / 'out'}", "--device=cpu"])
+    with pytest.raises(ValueError, match="^the data set math500 has no train split, only test$"):
+        train.main()
 
 
 @pytest.mark.parametrize("splits", [{}, {"tests": 2}, {"train": 2, "test": 2}])
