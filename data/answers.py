@@ -27,7 +27,6 @@ def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} or \fbox{...} with balanced braces holds, or the word behind one without braces; None if there is none."""
     found, at, stack = None, -1, []  # stack: the open braces, (start, end) of \boxed{ for those that belong to one
     for match in BOX.finditer(text):
-        box = None
         if match[1] == "{":
             stack.append(match.span())
         elif match[0] == "{":
