@@ -4,6 +4,9 @@ A prepared folder holds train.npy, val.npy and test.npy (uint16, or uint32 above
 - "stream": 1-D (T,), a running text from which the trainer cuts windows;
 - "examples": 2-D (N, L), one canvas per row, and beside it <split>_response.npy (bool, same shape): True where the model must fill the
   position (it may be masked), False where it is shown (the prompt, given cells). Padding with <eos> belongs to the response.
+  A packed split (`prepare.py --pack`, never test) has several documents in a row and <split>_segments.npy (uint16, same shape): the
+  number of the document in its row, from 1, and 0 for padding, which is no response.
+A set that is for evaluation only has nothing but test.npy; its meta.json lists no other split.
 
 A task with a right answer defines `check(filled, solution, given) -> bool` in its prepare.py. All three are decoded canvases of L tokens:
 `filled` is what the model produced, `solution` the reference, `given` the reference with "_" at every position the model had to fill.
@@ -37,17 +40,23 @@ class Dataset:
     eos_id = property(lambda self: self.meta["eos_id"])
 
     def tokens(self, split: str) -> np.memmap:
-        """(N, L) examples or a (T,) stream, read-only."""
+        """(N, L) examples or a (T,) stream, read-only. Raises ValueError if the set has no such split."""
+        self._expect(split)
         return _open(self.folder / f"{split}.npy")
 
     def response(self, split: str) -> np.memmap | None:
         """(N, L) bool, True = to be filled by the model; None for a stream."""
+        self._expect(split)
         return _open(self.folder / f"{split}_response.npy") if self.meta["kind"] == "examples" else None
 
     def segments(self, split: str) -> np.memmap | None:
-        """(N, L) document numbers of packed rows, 0 = padding; None where every row is one document."""
-        path = self.folder / f"{split}_segments.npy"
-        return _open(path) if path.is_file() else None
+        """(N, L) uint16, number of the document in its row from 1, 0 = padding; None if the split is not packed."""
+        self._expect(split)
+        return _open(self.folder / f"{split}_segments.npy") if split in self.meta.get("packed", ()) else None
+
+    def _expect(self, split: str) -> None:
+        if split not in self.meta["splits"]:
+            raise ValueError(f"the data set {self.name} has no {split} split, only {', '.join(self.meta['splits'])}")
 
     def text(self, ids, mask: str = "_") -> str:
         """The canvas (L,) as one string, as `check` takes it."""
@@ -104,14 +113,30 @@ def _checked(folder: Path) -> Dataset:
     dataset = Dataset(folder, meta, tokenizers.load(folder), prepare.check, getattr(prepare, "layout", str))
     if dataset.tokenizer.fingerprint != meta["tokenizer"]:
         raise ValueError("tokenizer.json is not the one that wrote the tokens")
-    for split in SPLITS:
-        tokens, response, count = dataset.tokens(split), dataset.response(split), meta["splits"][split]
+    if not meta["splits"] or not {*meta["splits"]} <= {*SPLITS}:
+        raise ValueError(f"meta.json must list one or more of the splits {', '.join(SPLITS)}")
+    for split, count in meta["splits"].items():
+        tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
         shape = (count,) if response is None else (count, meta["length"])
         if tokens.shape != shape or (response is not None and (response.shape != shape or response.dtype != bool)):
             raise ValueError(f"{split}: meta.json says {shape}, {split}.npy or {split}_response.npy is something else")
         if tokens.dtype.kind != "u" or tokens.max() >= meta["vocab_size"]:
             raise ValueError(f"{split}.npy has ids outside the vocabulary of {meta['vocab_size']}")
+        if segments is not None:
+            if response is None or segments.shape != shape or segments.dtype != np.uint16:
+                raise ValueError(f"{split}_segments.npy does not fit {split}.npy")
+            _check_segments(split, segments, response)
     return dataset
+
+
+def _check_segments(split: str, segments: np.ndarray, response: np.ndarray) -> None:
+    """Rows must read 1 .. 1, 2 .. 2, ..., 0 .. 0, with no response at 0. Rows are looked at in parts: a split may be larger than memory."""
+    for start in range(0, len(segments), 64):
+        part, filled = segments[start : start + 64].astype(np.int32), response[start : start + 64]
+        step = np.diff(part, axis=1)  # (n, L - 1)
+        counts = (step == 0) | (step == 1) & (part[:, :-1] > 0) | (part[:, 1:] == 0)
+        if (part[:, 0] != 1).any() or not counts.all() or (filled & (part == 0)).any():
+            raise ValueError(f"{split}_segments.npy does not count the documents of a row from 1, or has a response in padding")
 
 
 def _open(path: Path) -> np.memmap:

@@ -1,21 +1,36 @@
-"""What the prepare.py files share: the command line, reading a source, drawing examples into disjoint splits, and writing without halves.
+"""What the prepare.py files share: the command line, reading a source, drawing examples into disjoint splits, questions and answers as
+documents (chat formatting, packing), and writing without halves.
 
-meta.json is removed before the first array is written and comes back last, so an interrupted preparation leaves nothing that loads."""
+meta.json is removed before the first array is written and comes back last, so an interrupted preparation leaves nothing that loads.
+
+A document is a question, shown, and its answer with the end token, to be filled in. Unpacked, it has a row of its own, and the end token
+fills the row: it belongs to the response, so a model learns where to stop, as LLaDA does. Packed, documents that fit share a row, none is
+split; <split>_segments.npy (N, L) numbers them from 1, and the rest of a row is padding, number 0, that nobody learns. A block-causal model
+fills whole blocks: --block=b pads every document with the end token, as response, to a multiple of b, so each starts on a block's boundary.
+"""
 import argparse
 import hashlib
 import json
 import shlex
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tiktoken_ext import openai_public
 from tqdm import tqdm
 
 from data import FORMAT, SPLITS, load
+from zoo import read_json
+from zoo import tokenizer as tokenizers
 from zoo.files import write_atomic
+from zoo.templates import TEMPLATES, encode_answers
 from zoo.tokenizer import ORIGINALS, Tokenizer
+
+SPECIALS = ["<eos>", "<mask>"]  # of the tokenizers that have none of their own
+OPEN_ROWS = 64  # rows that wait for a document that fits
 
 
 def options(doc: str, file: str) -> argparse.ArgumentParser:
@@ -73,14 +88,14 @@ def _download(url: str) -> bytes:
     return bytes(raw)
 
 
-def split_of(key: str) -> str:
-    """"train" (90 %), "val" (5 %) or "test" (5 %), decided by the hash of what makes a problem the same problem. No seed enters, so the
+def split_of(key: str, share: float = 0.05) -> str:
+    """"val" or "test" (a `share` each) or "train", decided by the hash of what makes a problem the same problem. No seed enters, so the
     training set of one seed and the test set of another are disjoint too."""
     part = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") / 2**32
-    return "test" if part < 0.05 else "val" if part < 0.10 else "train"
+    return "test" if part < share else "val" if part < 2 * share else "train"
 
 
-Examples = tuple[np.ndarray, np.ndarray]  # tokens (N, L), response (N, L) bool
+Examples = tuple[np.ndarray, ...]  # tokens (N, L), response (N, L) bool and, of a packed split, segments (N, L)
 
 
 def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Iterator[tuple[list[str], np.ndarray, np.ndarray]]]
@@ -109,6 +124,191 @@ def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Ite
     return {split: (np.stack([t for t, _ in pairs]), np.stack([r for _, r in pairs])) for split, pairs in rows.items()}
 
 
+# ---- documents: questions and answers in tokens, one per row or packed
+
+def document_options(parser: argparse.ArgumentParser, length: int, explained: str = "tokens of a row; longer examples are dropped", *,
+                     pack: bool = True) -> None:  # fmt: skip
+    """What `Documents` reads. pack=False: of a set that is for evaluation only."""
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
+    parser.add_argument("--vocab_size", type=int, default=0, help="keep this many tokens of a BPE, in merge order; 0 = all")
+    parser.add_argument("--length", type=int, default=length, help=explained)
+    parser.add_argument("--chat", default="", help=f"chat template: {', '.join(TEMPLATES)}, or auto = that of the folder's model")
+    if pack:
+        parser.add_argument("--pack", action="store_true", help="several whole documents in a row of train.npy and val.npy")
+        parser.add_argument("--block", type=int, default=1, help="with --pack: documents start at multiples of it; a model's block_size")
+
+
+def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
+    """The tokenizer, its mask id and its eos id. `size` > 0 keeps that many tokens in merge order."""
+    if Path(name).is_dir():
+        tokenizer = tokenizers.load(name)
+        if not size:  # the folder's own ids, for a model that has them
+            config = Path(name, "tokenizer_config.json")
+            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else "<eos>"
+            eos = eos["content"] if isinstance(eos, dict) else eos
+            mask = next((special for special in tokenizer.specials if "mask" in special.lower()), None)
+            if mask is None or eos not in tokenizer.specials:
+                raise ValueError(f"the tokenizer in {name} has no mask or no end token of its own: pass --vocab_size to add them")
+            return tokenizer, tokenizer.specials[mask], tokenizer.specials[eos]
+        if not isinstance(tokenizer, tokenizers.BPETokenizer):
+            raise ValueError(f"the tokenizer in {name} is not a BPE: leave --vocab_size away")
+    elif name == "bytes":
+        tokenizer, size = tokenizers.bytes_tokenizer(SPECIALS), size or 256
+    elif name == "gpt2":
+        try:
+            ranks = openai_public.gpt2()["mergeable_ranks"]
+        except (OSError, ValueError) as error:
+            print(f"tiktoken cannot fetch its gpt2 files ({type(error).__name__}): using bytes instead", file=sys.stderr)
+            return tokenizer_of("bytes", 0)
+        merged = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        tokenizer, size = tokenizers.BPETokenizer(merged, [tokenizers.GPT2], {}), size or len(merged)
+    else:
+        raise ValueError(f"--tokenizer {name}: expected gpt2, bytes, or a folder with a hub tokenizer")
+    tokenizer = tokenizers.truncated(tokenizer, size, SPECIALS)
+    return tokenizer, tokenizer.specials["<mask>"], tokenizer.specials["<eos>"]
+
+
+def template_of(folder: str, tokenizer: Tokenizer) -> str:
+    """The chat template of the model in a folder: its family's, or of one trained here, that of its origin."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"--chat auto asks the model in the folder --tokenizer, {folder} is none: choose one of {', '.join(TEMPLATES)}")
+    if read_json(Path(folder, "config.json")).get("model_type") == "rcd":
+        template = read_json(Path(folder, "train.json")).get("template")
+    else:
+        from zoo.checkpoint import plan_for  # imports torch
+
+        template = plan_for(Path(folder), tokenizer).template
+    if template is None:
+        raise ValueError(f"the model in {folder} has no chat template: choose one of {', '.join(TEMPLATES)}")
+    return template
+
+
+class Documents:
+    """Questions and answers on their way into rows: encoded, filtered by length, split by split, packed if asked.
+
+    What is done lies in anonymous files beside args.out until it is written, so memory does not grow with the data set."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.tokenizer, self.mask_id, self.end_id = tokenizer_of(args.tokenizer, args.vocab_size)
+        self.chat, self.block = args.chat, getattr(args, "block", 1)
+        self.packed = ("train", "val") if getattr(args, "pack", False) else ()  # the test split is for evaluation by generating
+        self.folder = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
+        if args.length < 0:
+            raise ValueError("--length is a number of tokens, or 0 to choose")
+        self.length = args.length or (256 if self.tokenizer.vocab_size > 1000 else 640)
+        if self.block < 1 or self.block > 1 and not self.packed:
+            raise ValueError("--block, a number of tokens, goes with --pack: the end token fills an unpacked row anyway")
+        if self.packed and (self.length % self.block or self.length >= 1 << 16):
+            raise ValueError(f"--length {self.length} with --pack must be a multiple of --block {self.block}, and below 65,536")
+        if self.chat == "auto":
+            self.chat = template_of(args.tokenizer, self.tokenizer)
+        if self.chat:  # the token that ends a turn; a template without one (plain) takes the tokenizer's
+            last = self._talk("1", "1")[0][-1]
+            self.end_id = last if last in self.tokenizer.specials.values() else self.end_id
+        self._rows, self._packers = {}, {}
+        self.dropped, self.written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+
+    def _talk(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
+        """The conversation in tokens up to the end of its answer: a line break that the template writes behind it is never generated."""
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids, answers = encode_answers(self.tokenizer, self.chat, talk)
+        stop = len(ids) - answers[::-1].index(True)
+        return ids[:stop], answers[:stop]
+
+    def encode(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
+        """(ids, response) of a document, the end token included. Without a template: the question, a line break, the answer."""
+        if self.chat:
+            ids, response = self._talk(question, answer)
+            ended = ids[-1] == self.end_id
+        else:
+            prompt, written = self.tokenizer.encode(question + "\n"), self.tokenizer.encode(answer)
+            ids, response, ended = prompt + written, [False] * len(prompt) + [True] * len(written), False
+        return (ids, response) if ended else ([*ids, self.end_id], [*response, True])
+
+    def fits(self, ids: list[int]) -> bool:
+        return len(ids) <= self.length
+
+    def add(self, split: str, ids: list[int], response: list[bool]) -> None:
+        """One document for a split; a longer one than a row is counted in `dropped`."""
+        if not self.fits(ids):
+            self.dropped[split] += 1
+            return
+        if split not in self._rows:
+            kinds = (np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32, bool, *[np.uint16] * (split in self.packed))
+            self._rows[split] = Rows(self.folder, self.length, kinds)
+            if split in self.packed:
+                self._packers[split] = Packer(self.length, self.block, self.end_id, self._rows[split].write)
+        self.written[split] += 1
+        if split in self._packers:
+            self._packers[split].add(ids, response)
+        else:
+            rest = self.length - len(ids)
+            self._rows[split].write(ids + [self.end_id] * rest, response + [True] * rest)
+
+    def splits(self) -> dict[str, Examples]:
+        """The finished arrays, on the disk, of the splits that got a document."""
+        for packer in self._packers.values():
+            packer.close()
+        return {split: self._rows[split].arrays() for split in SPLITS if split in self._rows}
+
+    def facts(self) -> dict:
+        """What meta.json tells about how the rows were made."""
+        chat = {"template": self.chat or None, "packed": list(self.packed), "block": self.block, "documents": self.written}
+        return chat if self.chat or self.packed else {}
+
+
+class Packer:
+    """First fit in order: a document goes to the first open row that has room. At most OPEN_ROWS are open; then the fullest is written."""
+
+    def __init__(self, length: int, block: int, end_id: int, write: Callable[[list[int], list[bool], list[int]], None]):
+        self.length, self.block, self.end_id, self.write = length, block, end_id, write
+        self.open: list[tuple[list[int], list[bool], list[int]]] = []  # tokens, response, segments of a row so far
+
+    def add(self, ids: list[int], response: list[bool]) -> None:
+        rest = -len(ids) % self.block
+        ids, response = ids + [self.end_id] * rest, response + [True] * rest
+        row = next((row for row in self.open if len(row[0]) + len(ids) <= self.length), None)
+        if row is None:
+            if len(self.open) == OPEN_ROWS:
+                self._finish(max(range(OPEN_ROWS), key=lambda k: len(self.open[k][0])))
+            row = ([], [], [])
+            self.open.append(row)
+        number = row[2][-1] + 1 if row[2] else 1
+        for part, more in zip(row, (ids, response, [number] * len(ids))):
+            part.extend(more)
+        if len(row[0]) == self.length:
+            self._finish(next(k for k, other in enumerate(self.open) if other is row))
+
+    def close(self) -> None:
+        while self.open:
+            self._finish(0)
+
+    def _finish(self, at: int) -> None:
+        tokens, response, segments = self.open.pop(at)
+        rest = self.length - len(tokens)
+        self.write(tokens + [self.end_id] * rest, response + [False] * rest, segments + [0] * rest)
+
+
+class Rows:
+    """Rows of one split, each a list for every array, in files without a name that vanish with this process."""
+
+    def __init__(self, folder: Path, length: int, dtypes: tuple[type, ...]):
+        self.length, self.dtypes, self.count = length, dtypes, 0
+        self.files = [tempfile.TemporaryFile(dir=folder) for _ in dtypes]
+
+    def write(self, *parts: list) -> None:
+        for file, part, dtype in zip(self.files, parts, self.dtypes):
+            file.write(np.array(part, dtype).tobytes())
+        self.count += 1
+
+    def arrays(self) -> Examples:
+        for file in self.files:
+            file.flush()
+        return tuple(np.memmap(file, dtype, "r", shape=(self.count, self.length)) for file, dtype in zip(self.files, self.dtypes))
+
+
+# ---- writing
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """`array` as path (.npy), whole or not at all."""
     def write(temporary: Path) -> None:
@@ -119,21 +319,25 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[str, np.ndarray | Examples], *,
-                  mask_id: int, eos_id: int | None, source: str, licence: str, argv: list[str], facts: dict) -> None:
-    """Write arrays, tokenizer and, last, meta.json; then print what was made. `facts` are further entries of meta.json."""
-    examples = isinstance(splits["train"], tuple)
-    counts = {split: len(splits[split][0] if examples else splits[split]) for split in SPLITS}
+                  mask_id: int, eos_id: int | None, source: str, licence: str, argv: list[str], facts: dict,
+                  wanted: tuple[str, ...] = SPLITS) -> None:  # fmt: skip
+    """Write arrays, tokenizer and, last, meta.json; then print what was made. `facts` are further entries of meta.json, `wanted` the
+    splits that there must be: a set for evaluation has only "test"."""
+    examples = isinstance(next(iter(splits.values()), ()), tuple)
+    counts = {split: len(splits[split][0] if examples else splits[split]) if split in splits else 0 for split in wanted}
     if min(counts.values()) == 0:
         raise ValueError(f"nothing is left for {min(counts, key=counts.get)}: the source is too small, or too much was dropped")
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("meta.json", *ORIGINALS):  # a tokenizer of an earlier preparation may consist of other files
         (folder / old).unlink(missing_ok=True)
+    for old in [f"{split}{part}.npy" for split in SPLITS for part in ("", "_response", "_segments")]:
+        (folder / old).unlink(missing_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    for split in SPLITS:
-        tokens, response = splits[split] if examples else (splits[split], None)
-        write_array(folder / f"{split}.npy", tokens.astype(dtype))
-        if examples:
-            write_array(folder / f"{split}_response.npy", response.astype(bool))
+    for split in wanted:
+        tokens, *others = splits[split] if examples else (splits[split],)
+        write_array(folder / f"{split}.npy", tokens.astype(dtype, copy=False))
+        for part, array, kind in zip(("response", "segments"), others, (bool, np.uint16)):
+            write_array(folder / f"{split}_{part}.npy", array.astype(kind, copy=False))
     tokenizer.save(folder)
     meta = {"name": name, "kind": "examples" if examples else "stream", "length": tokens.shape[1] if examples else None,
             "vocab_size": tokenizer.vocab_size, "mask_id": mask_id, "eos_id": eos_id, "tokenizer": tokenizer.fingerprint, "splits": counts,
@@ -148,7 +352,8 @@ def summary(folder: Path) -> None:
     data = load(folder)
     meta, counts = data.meta, ", ".join(f"{split} {count:,}" for split, count in data.meta["splits"].items())
     print(f"{data.name}: {meta['kind']} in {folder}")
-    print(f"  {counts} {'tokens' if meta['kind'] == 'stream' else 'examples of ' + str(meta['length']) + ' tokens'}")
+    unit = "tokens" if meta["kind"] == "stream" else f"{'rows' if meta.get('packed') else 'examples'} of {meta['length']} tokens"
+    print(f"  {counts} {unit}")
     print(f"  vocabulary {meta['vocab_size']:,}, <mask> = {data.mask_id}, <eos> = {data.eos_id}")
     print(f"  source: {meta['source']}; licence: {meta['licence']}")
     if meta["kind"] == "stream":

@@ -261,8 +261,8 @@ def copy(dataset, folder):
 
 
 def test_load_unknown_name_lists_the_names():
-    assert data.names() == ["gsm8k", "latin", "shakespeare_char", "sudoku", "sums"]
-    with pytest.raises(ValueError, match="gsm8k, latin, shakespeare_char, sudoku, sums"):
+    assert data.names() == ["aime", "gsm8k", "latin", "math500", "openmathinstruct2", "openr1_math", "shakespeare_char", "sudoku", "sums"]
+    with pytest.raises(ValueError, match="openr1_math, shakespeare_char, sudoku, sums"):
         data.load("sudoko")
 
 
@@ -276,7 +276,7 @@ def empty_home(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["shakespeare_char", "gsm8k"])
+@pytest.mark.parametrize("name", ["shakespeare_char", "gsm8k", "openr1_math", "math500"])
 def test_load_of_a_download_says_what_to_type(empty_home, name):
     with pytest.raises(FileNotFoundError, match=f"python data/{name}/prepare.py"):
         data.load(name)

@@ -13,6 +13,9 @@ hash of the question picks, train.npy the rest.
 
 Tokenizers: `--tokenizer gpt2` (tiktoken fetches its files once; when it cannot, bytes are used), `--tokenizer bytes`, or a folder with a
 hub tokenizer. `--vocab_size 4096` keeps the first 4096 tokens of a BPE in merge order: right for a small model.
+
+To convert a pretrained model, `--tokenizer FOLDER --chat auto` writes question and solution as the model's own chat template does, and
+`--pack --block 4` puts several examples into each row of the training set (data/common.py tells how).
 """
 import json
 import re
@@ -20,16 +23,13 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
-from tiktoken_ext import openai_public
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import Examples, options, read_text, run, split_of, write_dataset
-from zoo import tokenizer as tokenizers
+from data.answers import response
+from data.common import Documents, document_options, options, read_text, run, split_of, write_dataset
 
 SOURCE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-SPECIALS = ["<eos>", "<mask>"]
 
 
 def result(text: str) -> Decimal | None:
@@ -39,8 +39,8 @@ def result(text: str) -> Decimal | None:
 
 
 def check(filled: str, solution: str, given: str) -> bool:
-    """The results are equal as numbers."""
-    return result(filled) == result(solution)
+    """The results are equal as numbers. Only the response is looked at, up to the end token."""
+    return result(response(filled, solution, given)) == result(response(solution, solution, given))
 
 
 def read(source: str, name: str) -> list[dict[str, str]]:
@@ -63,68 +63,24 @@ def read(source: str, name: str) -> list[dict[str, str]]:
     return problems
 
 
-def tokenizer_of(name: str, size: int) -> tuple[tokenizers.Tokenizer, int, int]:
-    """The tokenizer, its mask id and its eos id. `size` > 0 keeps that many tokens in merge order."""
-    if Path(name).is_dir():
-        tokenizer = tokenizers.load(name)
-        if not size:  # the folder's own ids, for a model that has them
-            config = Path(name, "tokenizer_config.json")
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else "<eos>"
-            eos = eos["content"] if isinstance(eos, dict) else eos
-            mask = next((special for special in tokenizer.specials if "mask" in special.lower()), None)
-            if mask is None or eos not in tokenizer.specials:
-                raise ValueError(f"the tokenizer in {name} has no mask or no end token of its own: pass --vocab_size to add them")
-            return tokenizer, tokenizer.specials[mask], tokenizer.specials[eos]
-        if not isinstance(tokenizer, tokenizers.BPETokenizer):
-            raise ValueError(f"the tokenizer in {name} is not a BPE: leave --vocab_size away")
-    elif name == "bytes":
-        tokenizer, size = tokenizers.bytes_tokenizer(SPECIALS), size or 256
-    elif name == "gpt2":
-        try:
-            ranks = openai_public.gpt2()["mergeable_ranks"]
-        except (OSError, ValueError) as error:
-            print(f"tiktoken cannot fetch its gpt2 files ({type(error).__name__}): using bytes instead", file=sys.stderr)
-            return tokenizer_of("bytes", 0)
-        merged = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        tokenizer, size = tokenizers.BPETokenizer(merged, [tokenizers.GPT2], {}), size or len(merged)
-    else:
-        raise ValueError(f"--tokenizer {name}: expected gpt2, bytes, or a folder with a hub tokenizer")
-    tokenizer = tokenizers.truncated(tokenizer, size, SPECIALS)
-    return tokenizer, tokenizer.specials["<mask>"], tokenizer.specials["<eos>"]
-
-
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--source", default=SOURCE, help="address or folder that has train.jsonl and test.jsonl")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=0, help="keep this many tokens of a BPE, in merge order; 0 = all")
-    parser.add_argument("--length", type=int, default=0, help="tokens per example; 0 = 256, or 640 with bytes")
+    document_options(parser, 0, "tokens per example; 0 = 256, or 640 with bytes")
     parser.add_argument("--marks", action="store_true", help="keep the calculator marks <<48/2=24>>")
     args = parser.parse_args(argv)
-    if args.length < 0:
-        raise ValueError("--length is a number of tokens, or 0 to choose")
     problems = {name: read(args.source, f"{name}.jsonl") for name in ("train", "test")}
-    tested = {problem["question"] for problem in problems["test"]}
-    tokenizer, mask_id, eos_id = tokenizer_of(args.tokenizer, args.vocab_size)
-    length = args.length or (256 if tokenizer.vocab_size > 1000 else 640)
-    rows, dropped = {"train": [], "val": [], "test": []}, {"train": 0, "val": 0, "test": 0}
+    tested, documents = {problem["question"] for problem in problems["test"]}, Documents(args)
     for name, problem in tqdm([(file, problem) for file in problems for problem in problems[file]], desc="tokens", unit=""):
         question, answer = problem["question"].strip(), problem["answer"].strip()
         split = "test" if name == "test" else "val" if split_of(question) == "val" else "train"
-        prompt = tokenizer.encode(question + "\n")
-        response = tokenizer.encode(answer if args.marks else re.sub("<<[^<>]*>>", "", answer))
-        padding = length - len(prompt) - len(response)
-        if padding < 1 or (name == "train" and problem["question"] in tested):
-            dropped[split] += 1
+        if name == "train" and problem["question"] in tested:
+            documents.dropped[split] += 1
         else:
-            rows[split].append((prompt + response + [eos_id] * padding, len(prompt)))
-    splits: dict[str, Examples] = {}
-    for split, examples in rows.items():
-        prompts = np.array([prompt for _, prompt in examples]).reshape(-1, 1)
-        splits[split] = np.array([ids for ids, _ in examples]).reshape(-1, length), np.arange(length) >= prompts  # both (N, L)
-    write_dataset(args.out, "gsm8k", tokenizer, splits, mask_id=mask_id, eos_id=eos_id, source=args.source,
-                  licence="MIT" if args.source == SOURCE else "as its source", argv=argv,
-                  facts={"tokenizer_name": args.tokenizer, "marks": args.marks, "dropped": dropped})
+            documents.add(split, *documents.encode(question, answer if args.marks else re.sub("<<[^<>]*>>", "", answer)))
+    write_dataset(args.out, "gsm8k", documents.tokenizer, documents.splits(), mask_id=documents.mask_id, eos_id=documents.end_id,
+                  source=args.source, licence="MIT" if args.source == SOURCE else "as its source", argv=argv,
+                  facts={"tokenizer_name": args.tokenizer, "marks": args.marks, "dropped": documents.dropped, **documents.facts()})
 
 
 if __name__ == "__main__":

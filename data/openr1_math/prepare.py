@@ -1,0 +1,56 @@
+r"""OpenR1-Math-220k (open-r1, 2025): competition problems with verified solutions by DeepSeek-R1; what the paper converts SDAR with.
+
+The prompt is the problem; the response is the first generation that is complete, was found correct (by Math-Verify or by Llama as a judge),
+has a \boxed{} answer and fits: the paper keeps samples of up to 8,192 tokens, the default --length. A generation begins with its reasoning
+in <think> tags. The answer counts when the last box of the response holds the same as the reference's (data/answers.py).
+
+    python data/openr1_math/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto --pack --block 32
+
+The paper does not name the subset: `default` has 94k problems and is what its authors recommend for fine-tuning, `extended` 131k easier
+ones, `all` both. Needs pyarrow: pip install -e ".[data]"
+"""
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
+from data import answers
+from data.common import run
+from data.hub import parser_of, records, source_files, source_name, texts, write_training_set
+
+REPO, SUBSETS = "open-r1/OpenR1-Math-220k", {"default": "data", "extended": "extended", "all": "all"}  # name -> folder
+SOURCE = f"https://huggingface.co/datasets/{REPO}"
+COLUMNS = {name: (name,) for name in ("generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete")}
+check = answers.check
+
+
+def correct(place: str, record: dict) -> list[str]:
+    """The generations that are complete, as far as that is known, and were found correct by at least one of the two judges."""
+    lists = [record[name] for name in COLUMNS]
+    if not all(isinstance(values, list | None) for values in lists):
+        raise ValueError(f"{place}: expected lists in {', '.join(COLUMNS)}")
+    if record["is_reasoning_complete"] is None:
+        lists[3] = [True] * len(lists[0] or [])
+    rows = itertools.zip_longest(*(values or [] for values in lists))
+    return texts(place, [generation for generation, verified, judged, complete in rows if (verified or judged) and complete])
+
+
+def pairs(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
+    files = source_files(args.source, REPO, [f"{SUBSETS[args.subset]}/train-*.parquet"])
+    columns = {"problem": ("problem", "question"), **COLUMNS}
+    for place, record in records(files, columns, ("correctness_llama", "is_reasoning_complete")):
+        yield texts(place, [record["problem"]]), correct(place, record)
+
+
+def main(argv: list[str]) -> None:
+    parser = parser_of(__doc__, __file__, 8192, train=True)
+    parser.add_argument("--subset", choices=SUBSETS, default="default", help="of the hub's files")
+    args = parser.parse_args(argv)
+    write_training_set(args, argv, "openr1_math", pairs(args), source=source_name(args, REPO),
+                       licence="as its source" if args.source else "Apache-2.0")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
