@@ -55,6 +55,7 @@ class Train:
     stage: str = "all"  # base | reference | target | all
     recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual) | earlier (the residual of its own earlier state)
     absent: float = 0.0  # recipes paper and earlier: part of the rows that get no residual, so that a cold start is trained too
+    pool: int = 8  # recipe trajectory: batches of trajectories that take turns, so that successive steps do not see the same canvases
     window: int = 1  # recipe trajectory: denoising steps that make a training step; the gradient flows back through them
     given: float = 0.0  # recipe trajectory: part of the trajectories that start with cells given at random, not all masked
     init_from: str = ""  # start from this model instead of training a base: run folder, zoo name or hub folder
@@ -355,7 +356,7 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
         context = sometimes_absent(context, o.absent)
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
     own, packed = stage == "target" and o.recipe == "trajectory", dataset.segments("train") is not None
-    trajectories = [Trajectories(model.config, n, length, device, packed, o.given, o.window) for n in rows] if own else []
+    trajectories = [Trajectories(model.config, n, length, device, packed, o.given, o.window) for _ in range(o.pool) for n in rows] if own else []
     state, log = State(model, o, device, trajectories), folder / "log.jsonl"
     # What must be equal for a resumed run to give the same weights: everything but where it runs and what it shows.
     free = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
@@ -390,7 +391,7 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
 
             loss = 0.0
             if own:
-                for n, part in zip(rows, trajectories):
+                for n, part in zip(rows, trajectories[step % o.pool * len(rows) :]):
                     with autocast(device, dtype):
                         term = part.loss(model, lambda k: move(draw(k, generator), device), residual, noise) * (n / o.batch_size)  # noqa: B023
                     term.backward()
@@ -483,8 +484,8 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
     if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
         raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
-    if o.given > 1 or o.window < 1:
-        raise ValueError(f"given={o.given} is a part, at most 1; window={o.window} is a number of steps, at least 1")
+    if o.given > 1 or min(o.window, o.pool) < 1:
+        raise ValueError(f"given={o.given} is a part, at most 1; window={o.window} and pool={o.pool} are at least 1")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
     if o.init_from and o.stage == "base":
@@ -539,7 +540,7 @@ def main() -> None:
             model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base")[0]
         parameters, more = sum(p.numel() for p in model.parameters()), {"reference": shape_of(reference)[1] if reference else 0}
         if stage == "target" and o.recipe == "trajectory":
-            state = Trajectories(model.config, o.batch_size, length, "meta", packed).state
+            state = Trajectories(model.config, o.batch_size * o.pool, length, "meta", packed).state
             more["trajectories"] = sum(v.nbytes for v in state.values())
         more["average"] = 4 * parameters if o.ema else 0
         return lambda rows, remat: memory(model, rows, length, packed, device, dtype, remat) | more
