@@ -39,7 +39,7 @@ import zoo
 from rcd import (CHUNK, T_PER, Config, Layer, Residual, Sampler, SwiGLU, Trajectories, Transformer, diffusion_loss, maskable, noise_levels,
                  reference_context)  # fmt: skip
 from sample import Setting, arguments, autocast, evaluate, pick_device, run, sweep, table
-from zoo import checkpoint
+from zoo import checkpoint, tokenizer
 from zoo.files import load, save, write_atomic
 
 OUT = Path("out")
@@ -123,9 +123,12 @@ def rows_of(x: Tensor | None, rows: list[int]) -> tuple:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device. From pinned memory CUDA copies while it computes, and since kernels are only queued, the next batch is drawn
-    while the device is busy with the last step. On a CPU a thread that reads ahead would hide nothing: the gather from the memory map takes 20
-    microseconds, below 0.1 % of a step (128 x 36, 16 x 256 and 1 x 8,192 tokens, one core of an AMD EPYC)."""
+    """The batch on the device.
+
+    From pinned memory CUDA copies while it computes, and since kernels are only queued, the next batch is drawn while the device is busy
+    with the last step. On a CPU a thread that reads ahead would hide nothing: the gather from the memory map takes 20 microseconds, below
+    0.1 % of a step (128 x 36, 16 x 256 and 1 x 8,192 tokens, one core of an AMD EPYC).
+    """
     return tuple(x if x is None else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in batch)
 
 
@@ -219,13 +222,13 @@ def validate(model: Transformer, draw: Callable, context, device: torch.device, 
 # Before the start: does it fit, and how fast is the device
 
 
-def shape_of(name: str | Path) -> tuple[Transformer, int]:
-    """The model `name` without its weights (on the meta device), and the bytes of its files."""
+def shape_of(name: str | Path, tokens: tokenizer.Tokenizer) -> tuple[Transformer, int]:
+    """The model `name`, whose tokenizer is given, without its weights (on the meta device), and the bytes of its tensors as stored."""
     folder = zoo.find(name)
     values, found = zoo.read_json(folder / "config.json"), checkpoint.entries(folder)
     stored = sum(map(checkpoint.nbytes, found.values()))
     if values.pop("model_type", "") != "rcd":
-        return checkpoint.match(checkpoint.plan_for(folder, None), found, str(folder))[0], stored
+        return checkpoint.match(checkpoint.plan_for(folder, tokens), found, str(folder))[0], stored
     with torch.device("meta"):
         return Transformer(Config.from_dict(values)), stored
 
@@ -522,8 +525,6 @@ def main() -> None:
             return Transformer(config).init_weights(torch.Generator().manual_seed(o.seed)).to(device), None
         if o.init_from:
             loaded = zoo.load(o.init_from, device, torch.float32)
-            if loaded.tokenizer.fingerprint != dataset.tokenizer.fingerprint:
-                raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={loaded.folder}")
             if length > loaded.model.config.max_len:
                 raise ValueError(f"canvases of {length} tokens are longer than max_len={loaded.model.config.max_len} of {o.init_from}")
             own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
@@ -533,10 +534,13 @@ def main() -> None:
     def needed(stage: str, reference: str | Path) -> Callable[[int, bool], dict[str, int]]:
         """(rows, remat) -> bytes of a training step by what needs them, before anything is loaded."""
         with torch.device("meta"):
-            model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base")[0]
-        stored, own = shape_of(reference)[1] if reference else 0, stage == "target" and not reference
+            model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base", dataset.tokenizer)[0]
+        stored, own = shape_of(reference, dataset.tokenizer)[1] if reference else 0, stage == "target" and not reference
         return lambda rows, remat: memory(model, o, rows, remat, length, packed, stored, own, device, dtype)
 
+    if o.init_from and tokenizer.load(zoo.find(o.init_from)).fingerprint != dataset.tokenizer.fingerprint:
+        folder = zoo.find(o.init_from)
+        raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={folder}")
     start = time.perf_counter()
     peak = matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share of that")

@@ -18,7 +18,7 @@ import sample
 import train
 import zoo
 from rcd import Residual, diffusion_loss, reference_context
-from zoo import tokenizer
+from zoo import files, tokenizer
 from zoo.templates import encode_answers, encode_chat
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/hub/JetLM--SDAR-4B-Chat"
@@ -80,6 +80,34 @@ def test_sixteen_cells_by_hand(tiny, carry):
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # From end to end
+
+
+@pytest.mark.parametrize("model_type", ["sdar", "qwen3"])  # the second has no mask token yet: its tokenizer says which row is free
+def test_the_shape_is_known_before_the_weights_are_read(tmp_path, tiny, model_type):
+    letters, specials = tokenizer.bytes_tokenizer(["<eos>", "<mask>"] if model_type == "sdar" else ["<eos>"]), {"sdar": {"mask_token_id": 257}}
+    model = tiny(vocab_size=264, mask_id=257, tied=False).bfloat16()
+    save_file({n if n.startswith("lm_head") else f"model.{n}": t for n, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": model_type, "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 20, "max_position_embeddings": 64, "rope_theta": 1e4, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **specials.get(model_type, {})}))  # fmt: skip
+    letters.save(tmp_path)
+    shape, stored = train.shape_of(tmp_path, letters)
+    assert all(p.is_meta for p in shape.parameters()) and {n: p.shape for n, p in shape.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+    assert stored == 2 * sum(p.numel() for p in model.parameters()) and shape.config == zoo.load(tmp_path).model.config
+
+
+def test_data_in_other_tokens_are_one_line(tmp_path, tiny, monkeypatch):
+    letters = tokenizer.bytes_tokenizer(["<eos>", "<mask>"])
+    texts = {split: [([97, 98, 99], [False, True, True])] for split in data.SPLITS}
+    write_packed(tmp_path / "data", letters, 257, 256, texts, 8)
+    files.save(tiny(vocab_size=258, mask_id=257), tmp_path / "model")
+    tokenizer.bytes_tokenizer(["<mask>", "<eos>"]).save(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--data={tmp_path / 'data'}", f"--init_from={tmp_path / 'model'}", "--device=cpu"])
+    with pytest.raises(ValueError, match="data set gsm8k is not in the tokens of .*: prepare it again with --tokenizer="):
+        train.main()
 
 
 def folder_of(path: Path, seed: int, width: int) -> Path:
