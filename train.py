@@ -31,15 +31,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import data
 import zoo
-from rcd import (CHUNK, T_PER, Config, Layer, Residual, Sampler, SwiGLU, Trajectories, Transformer, diffusion_loss, earlier_context, maskable,
-                 noise_levels, reference_context, sometimes_absent)  # fmt: skip
+from rcd import (T_PER, Config, Residual, Sampler, Trajectories, Transformer, diffusion_loss, earlier_context, maskable, noise_levels,
+                 reference_context, sometimes_absent)  # fmt: skip
 from sample import Setting, arguments, autocast, evaluate, pick_device, run, sweep, table
-from zoo import checkpoint
+from zoo import tokenizer
+from zoo.budget import available, forward_flops, matmul_rate, memory, report_memory, shape_of
 from zoo.files import load, save, write_atomic
 
 OUT = Path("out")
@@ -59,7 +59,7 @@ class Train:
     window: int = 1  # recipe trajectory: denoising steps that make a training step; the gradient flows back through them
     given: float = 0.0  # recipe trajectory: part of the trajectories that start with cells given at random, not all masked
     init_from: str = ""  # start from this model instead of training a base: run folder, zoo name or hub folder
-    reference: str = ""  # the frozen reference of stage 2 (small-to-large conversion); default: this run's stage 1
+    reference: str = ""  # the frozen reference of stage 2 (implies --recipe=paper; small-to-large conversion); default: this run's stage 1
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
     resume: bool = False  # go on where an interrupted run stopped
     overwrite: bool = False  # train again over an existing run
@@ -130,8 +130,12 @@ def rows_of(x: Tensor | None, rows: list[int]) -> tuple:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device. From pinned memory CUDA copies while it computes, and since kernels are only queued, the next batch is drawn
-    while the device is busy with the last step. On a CPU there is nothing to hide: @@FIGURE@@."""
+    """The batch on the device.
+
+    From pinned memory CUDA copies while it computes, and since kernels are only queued, the next batch is drawn while the device is busy
+    with the last step. On a CPU a thread that reads ahead would hide nothing: the gather from the memory map takes 20 microseconds, below
+    0.1 % of a step (128 x 36, 16 x 256 and 1 x 8,192 tokens, one core of an AMD EPYC).
+    """
     return tuple(x if x is None else (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in batch)
 
 
@@ -219,119 +223,6 @@ def validate(model: Transformer, draw: Callable, context, device: torch.device, 
                 loss = diffusion_loss(model, *batch, context=context, t=t[k].to(device), generator=noise).item()
                 total += loss * (count[k].sum() / count.sum()).item()
     return total / repeats
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Before the start: does it fit, and how fast is the device
-
-
-def shape_of(name: str | Path) -> tuple[Transformer, int]:
-    """The model `name` without its weights (on the meta device), and the bytes of its files."""
-    folder = zoo.find(name)
-    values, found = zoo.read_json(folder / "config.json"), checkpoint.entries(folder)
-    stored = sum(map(checkpoint.nbytes, found.values()))
-    if values.pop("model_type", "") != "rcd":
-        return checkpoint.match(checkpoint.plan_for(folder, None), found, str(folder))[0], stored
-    with torch.device("meta"):
-        return Transformer(Config.from_dict(values)), stored
-
-
-def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that one layer keeps for its backward pass, its input not counted: what autograd saves in a forward on shapes alone."""
-    c, experts, saved = model.config, getattr(model.layers[-1].mlp, "experts", ()), []
-    with FakeTensorMode(), torch.device(device):
-        layer = Layer(c, 0)
-        if len(experts):  # a token goes through top_k of the experts and the shared one: as much as one SwiGLU of their widths together
-            mlp = model.layers[-1].mlp
-            shared = [mlp.shared_experts] if hasattr(mlp, "shared_experts") else []
-            layer.mlp = SwiGLU(c.d_model, sum(e.gate_proj.out_features for e in (*experts[: mlp.top_k], *shared)))
-        x = torch.empty(rows, length, c.d_model, requires_grad=True)
-        cos = torch.empty(rows, 1, length, (c.rotary_dim or c.head_dim) // 2)
-        mask = torch.empty(rows, 1, length, length, dtype=torch.bool) if masked else None
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), autocast(device, dtype):
-            layer(x, cos, cos, mask, None)
-        given = [t for t in (*layer.parameters(), x, cos, mask) if t is not None]
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
-        copies = 0 if dtype == torch.float32 else dtype.itemsize * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-        # what was there before is not kept by this layer, and autocast's copies of the weights are counted by memory()
-        return sum(storages.values()) - sum(storages.get(t.untyped_storage()._cdata, 0) for t in given) - copies
-
-
-def memory(model: Transformer, rows: int, length: int, packed: bool, device: torch.device, dtype: torch.dtype, remat: bool) -> dict[str, int]:
-    """Bytes that a training step needs, by what needs them; rows canvases of length tokens go through at once. model may be on meta.
-
-    Weights, their gradients and AdamW's two moments are float32: 16 bytes a parameter. Autocast keeps a copy of the matrices in dtype
-    during a forward. The logits are those of one chunk, three times (logits, softmax, gradient). These do not all reach their largest
-    at the same moment: the sum is a little more than the peak.
-    """
-    c, parameters = model.config, sum(p.numel() for p in model.parameters())
-    tokens = length * (2 if c.block_size else 1)  # [noisy | clean]
-    masked = bool(c.block_size) or packed
-    kept, x = kept_by_layer(model, rows, tokens, masked, device, dtype), 4 * rows * tokens * c.d_model
-    return {
-        "weights": 4 * parameters, "gradients": 4 * parameters, "AdamW": 8 * parameters,
-        f"{str(dtype)[6:]} copies": 0 if dtype == torch.float32 else dtype.itemsize * sum(p.numel() for p in model.parameters() if p.dim() == 2),
-        "activations": c.n_layer * x + (kept if remat else c.n_layer * kept) + masked * rows * tokens**2,
-        "logits": 12 * min(rows * length, max(1, CHUNK // c.vocab_size)) * c.vocab_size,
-    }  # fmt: skip
-
-
-def available(device: torch.device) -> int:
-    """Bytes that are free on the device; 0 = unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-
-
-def report_memory(o: Train, need: Callable[[int, bool], dict[str, int]], have: int) -> None:
-    """Print what need(rows, remat) says; if it is more than there is, warn, and name the first remedy that is enough."""
-    rows = -(-o.batch_size // o.accumulate)
-    parts, other = need(rows, o.remat), need(rows, not o.remat)
-    gib, total = (lambda n: f"{n / 2**30:.2f}"), sum(parts.values())
-    shown = " + ".join(f"{name} {gib(n)}" for name, n in parts.items() if n)
-    print(f"memory: about {gib(total)} GiB of {gib(have)} free = {shown} ({gib(other['activations'])} {'without' if o.remat else 'with'} --remat)")
-    if not 0 < have < total:
-        return
-    ways = [(k, remat) for remat in sorted({o.remat, True}) for k in range(o.accumulate, o.batch_size + 1) if not o.batch_size % k]
-    enough = ((k, remat) for k, remat in sorted(ways) if sum(need(-(-o.batch_size // k), remat).values()) <= have)
-    k, remat = next(enough, (0, False))
-    if k:
-        todo = " ".join(["--remat"] * (remat and not o.remat) + [f"--accumulate={k}"] * (k > o.accumulate))
-        advice = f"{todo} needs {gib(sum(need(-(-o.batch_size // k), remat).values()))} GiB"
-    else:
-        least = sum(need(1, True).values())
-        advice = f"even --remat --accumulate={o.batch_size} needs {gib(least)} GiB: take shorter canvases or a smaller model"
-        if parts["reference"]:
-            advice += f", or a smaller --reference (this one is {gib(parts['reference'])} GiB)"
-    print(f"WARNING: this will probably run out of memory, {gib(total - have)} GiB are missing; {advice}", file=sys.stderr)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a square matmul here and now, the best of as many as fit: what the utilisation is measured against."""
-    n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device).to(dtype)
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(times)
-
-
-def forward_flops(model: Transformer, length: int, predicted: float) -> float:
-    """FLOPs of one canvas, forward (backward takes twice as many): 2 for every token and matmul parameter that it meets, 4 T H K a layer for
-    its attention, counted over all T keys. [noisy | clean] doubles the tokens. The head sees the predicted (masked) tokens alone."""
-    c, met = model.config, 0.0
-    for layer in model.layers:
-        met += sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-        if hasattr(layer.mlp, "experts"):  # a token meets top_k of them
-            idle = 1 - layer.mlp.top_k / len(layer.mlp.experts)
-            met -= idle * sum(p.numel() for p in layer.mlp.experts.parameters())
-    tokens = length * (2 if c.block_size else 1)
-    return tokens * (2 * met + 4 * c.n_layer * c.n_head * c.head_dim * length) + 2 * predicted * c.vocab_size * c.d_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -464,6 +355,12 @@ def command(resume: bool = False) -> str:
     return shlex.join(["python", "train.py", *typed, *(["--resume"] if resume else [])])
 
 
+def implied(typed: dict) -> dict:
+    """Defaults that what was typed implies: a reference means the recipe that reads it, and a recipe has its weight of the residual."""
+    recipe = typed.get("recipe", "paper" if typed.get("reference") else Train.recipe)
+    return {"recipe": recipe, **WEIGHT.get(recipe, {})}
+
+
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset and refuse what can not work, in one line. Returns the preset."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
@@ -494,7 +391,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
 
 
 def main() -> None:
-    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=lambda typed: WEIGHT.get(typed.get("recipe", Train.recipe), {}))
+    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=implied)
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset = checked(o, shape, device)
     dataset = data.load(o.data)
@@ -526,8 +423,6 @@ def main() -> None:
             return Transformer(config).init_weights(torch.Generator().manual_seed(o.seed)).to(device), None
         if o.init_from:
             loaded = zoo.load(o.init_from, device, torch.float32)
-            if loaded.tokenizer.fingerprint != dataset.tokenizer.fingerprint:
-                raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={loaded.folder}")
             if length > loaded.model.config.max_len:
                 raise ValueError(f"canvases of {length} tokens are longer than max_len={loaded.model.config.max_len} of {o.init_from}")
             own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
@@ -537,14 +432,13 @@ def main() -> None:
     def needed(stage: str, reference: str | Path) -> Callable[[int, bool], dict[str, int]]:
         """(rows, remat) -> bytes of a training step by what needs them, before anything is loaded."""
         with torch.device("meta"):
-            model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base")[0]
-        parameters, more = sum(p.numel() for p in model.parameters()), {"reference": shape_of(reference)[1] if reference else 0}
-        if stage == "target" and o.recipe == "trajectory":
-            state = Trajectories(model.config, o.batch_size * o.pool, length, "meta", packed).state
-            more["trajectories"] = sum(v.nbytes for v in state.values())
-        more["average"] = 4 * parameters if o.ema else 0
-        return lambda rows, remat: memory(model, rows, length, packed, device, dtype, remat) | more
+            model = Transformer(config) if stage == "base" else shape_of(o.init_from or root / "base", dataset.tokenizer)[0]
+        stored, own = shape_of(reference, dataset.tokenizer)[1] if reference else 0, stage == "target" and o.recipe == "trajectory"
+        return lambda rows, remat: memory(model, o, rows, remat, length, packed, stored, own, device, dtype)
 
+    if o.init_from and tokenizer.load(zoo.find(o.init_from)).fingerprint != dataset.tokenizer.fingerprint:
+        folder = zoo.find(o.init_from)
+        raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={folder}")
     start = time.perf_counter()
     peak = matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share of that")

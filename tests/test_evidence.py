@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def tiny_experiment(tmp_path, monkeypatch):
         calls.append(command[2:])
         monkeypatch.setattr(sys, "argv", command[1:])
         train.main()
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(experiment.subprocess, "run", in_process)
 

@@ -73,6 +73,63 @@ def test_t_is_stratified_over_the_batch_and_uniform_in_every_row():
     assert 0.4 <= bounded.min() < 0.401 and abs(bounded.mean() - 0.7) < 0.01
 
 
+def groups_by_hand(segments: list[int], block_size: int) -> list[int]:
+    """Which cells of a row share a t: those of one document, or of one block of it, counted from the document's first token."""
+    out, group, position = [], -1, 0
+    for j, number in enumerate(segments):
+        new = j == 0 or number != segments[j - 1]
+        position = 0 if new else position + 1
+        group += new or bool(block_size and position % block_size == 0)
+        out.append(group)
+    return out
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4), st.sampled_from([0, 1, 2, 3, 9]), st.integers(0, 99))
+def test_t_is_one_per_document_or_per_block_of_it(rows, block_size, seed):
+    """Cells of a group share a t, and the t of all groups of the batch are stratified draws: one in each n-th of the interval, up to an offset."""
+    t = rcd.noise_levels(torch.zeros(len(rows), 7), torch.tensor(rows), block_size, torch.Generator().manual_seed(seed))
+    drawn = []
+    for values, row in zip(t.tolist(), rows):
+        groups = groups_by_hand(row, block_size)
+        for g in range(groups[-1] + 1):
+            of_group = {v for v, other in zip(values, groups) if other == g}
+            assert len(of_group) == 1
+            drawn += of_group
+    u = (torch.tensor(drawn).double().sort().values - 1e-3) / (1 - 1e-3) * len(drawn)
+    assert ((u - u[0]) - torch.arange(len(drawn))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("block_size", [0, 2])
+def test_t_of_every_document_and_block_is_uniform(block_size):
+    segments, g = torch.tensor([[1, 1, 1, 2, 2, 0], [1] * 6]), torch.Generator().manual_seed(0)
+    draws = torch.stack([rcd.noise_levels(torch.zeros(2, 6), segments, block_size, g) for _ in range(2000)])  # (2000, 2, 6)
+    for b, j in ((0, 0), (0, 2), (0, 4), (1, 0), (1, 3), (1, 5)):
+        row = draws[:, b, j].sort().values
+        steps = torch.arange(2001) / 2000
+        assert torch.maximum((steps[1:] - row).max(), (row - steps[:-1]).max()) < 1.95 / math.sqrt(2000)  # Kolmogorov-Smirnov, 0.1 %
+    same = (draws[:, 0, 0] == draws[:, 0, 2]).all(), (draws[:, 0, 0] == draws[:, 0, 3]).any(), (draws[:, 1, 0] == draws[:, 1, 5]).all()
+    assert same == (not block_size, False, not block_size)  # a document's third cell is in a block of its own
+
+
+def test_the_loss_draws_t_as_it_is_told(tiny):
+    segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
+    for t_per, of_block in (("document", 0), ("block", 3)):
+        seen = []
+        context = lambda model, n, seen=seen: (seen.append(n), torch.zeros(len(n.where[0])), torch.zeros(len(n.where[0]), 16))[1:]  # noqa: E731
+        model = tiny(block_size=3)
+        diffusion_loss(model, random_tokens(1, 9), None, segments, context=context, t_per=t_per, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(seen[0].t, rcd.noise_levels(torch.zeros(1, 9), segments, of_block, torch.Generator().manual_seed(1)))
+    for model, t_per in ((tiny(), "block"), (tiny(block_size=3), "token")):
+        with pytest.raises(ValueError, match="t_per=.*: choose from document, block; block needs a block-causal model"):
+            diffusion_loss(model, random_tokens(1, 9), t_per=t_per)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_positions_restart_with_every_document(row):
+    expected = [len(list(itertools.takewhile(lambda k, j=j: row[k] == row[j], range(j, -1, -1)))) - 1 for j in range(len(row))]
+    assert rcd.document_positions(torch.zeros(1, len(row)), torch.tensor([row])).tolist() == [expected]
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Masks
 
@@ -440,6 +497,26 @@ def test_a_packed_row_is_its_documents_alone(tiny, kind, carry):
         blind = diffusion_loss(model, tokens, response, t=t, context=context).item() * int(response.sum())
     assert packed == pytest.approx(total, rel=1e-5)
     assert abs(blind - packed) > 1e-3 * packed  # without segments they would see each other
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing_and_is_never_an_empty_row_of_attention(tiny, kind, carry):
+    """Two documents with two and with seven padded cells behind them, one of padding alone: the documents' loss, finite gradients."""
+    model, reference = tiny(seed=1, tied=False, **KINDS[kind]), tiny(seed=2, **KINDS[kind])
+    segments = torch.tensor([[1] * 7 + [0] * 2, [1] * 2 + [0] * 7, [0] * 9])
+    tokens, context = random_tokens(3, 9), reference_context(reference, Residual()) if carry else None
+    t = (torch.rand(3, 9, generator=torch.Generator().manual_seed(3)) < 0.6).float()
+    loss = diffusion_loss(model, tokens, segments > 0, segments, t=t, context=context)
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    tokens[segments == 0] = 5  # whatever stands there
+    assert diffusion_loss(model, tokens, segments > 0, segments, t=t, context=context).item() == pytest.approx(loss.item(), rel=1e-6)
+    parts = [diffusion_loss(model, tokens[i : i + 1, :n], t=t[i : i + 1, :n], context=context).item() for i, n in ((0, 7), (1, 2))]
+    counts = (6, 1) if model.config.logit_shift else (7, 2)  # a shifted model is given a document's first token
+    assert loss.item() == pytest.approx(sum(a * n for a, n in zip(parts, counts)) / sum(counts), rel=1e-5)
+    with torch.no_grad():
+        assert bool(rcd.denoiser_hidden(model, model.embed(tokens), tokens, segments).isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["full", "blocks"])

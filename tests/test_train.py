@@ -8,14 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
+import rcd
 import train
+from data.common import write_dataset
 from data.sudoku import prepare
 from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss
+from zoo import budget
+from zoo.experts import Experts
 from zoo.files import load
+from zoo.tokenizer import Tokenizer, bytes_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_head=1", "--d_model=32", "--eval_every=2", "--eval_items=2",
@@ -29,10 +37,44 @@ def puzzles(tmp_path_factory):
     return folder
 
 
+def write_packed(folder: Path, tokenizer: Tokenizer, mask_id: int, pad_id: int, documents: dict[str, list], length: int) -> Path:
+    """A data set of packed rows: documents (ids, whether each is an answer's) of every split, one after the other, cut into rows between them."""
+    splits, numbers = {}, {}
+    for split, texts in documents.items():
+        rows = [[]]
+        for ids, answer in texts:
+            if sum(len(d[0]) for d in rows[-1]) + len(ids) > length:
+                rows.append([])
+            rows[-1].append((ids, answer))
+        tokens, response = np.full((len(rows), length), pad_id), np.zeros((len(rows), length), bool)
+        numbers[split] = np.zeros((len(rows), length), np.uint16)
+        for r, row in enumerate(rows):
+            at = 0
+            for k, (ids, answer) in enumerate(row, 1):
+                part = r, slice(at, at + len(ids))
+                tokens[part], response[part], numbers[split][part] = ids, answer, k
+                at += len(ids)
+        splits[split] = tokens, response, numbers[split]
+    facts = {"template": None, "packed": list(splits), "block": 1, "documents": {split: len(texts) for split, texts in documents.items()}}
+    write_dataset(folder, "gsm8k", tokenizer, splits, mask_id=mask_id, eos_id=pad_id, source="this test", licence="none", argv=[], facts=facts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Questions and answers of 6 to 19 bytes in rows of 40, every row with padding at its end or none."""
+    draw, documents = np.random.default_rng(0), {}
+    for split, count in (("train", 60), ("val", 12), ("test", 12)):
+        sizes = draw.integers([4, 2], [12, 8], (count, 2)).tolist()
+        documents[split] = [(draw.integers(97, 123, q + a).tolist(), [False] * q + [True] * a) for q, a in sizes]
+    return write_packed(tmp_path_factory.mktemp("packed") / "data", bytes_tokenizer(["<eos>", "<mask>"]), 257, 256, documents, 40)
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path, puzzles):
     """run(*options): train.py in an empty folder, its options typed after the tiny ones."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e12)  # takes 0.2 s
 
     def call(*options: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", f"--data={puzzles}", *TINY, *options])
@@ -59,7 +101,7 @@ def test_the_main_job(run, capsys):
         steps = 4 if stage == "base" else 6
         assert meta["stage"] == stage and meta["step"] == steps and meta["tokens"] == steps * 6 * 36
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [e["step"] for e in log] == list(range(1, steps + 1))
+        assert [e["step"] for e in log] == list(range(1, steps + 1)) and all(e["mfu"] == e["tflops"] > 0 for e in log)
         assert [e["step"] for e in log if "val_loss" in e] == list(range(2, steps + 1, 2)) and all("val_accuracy" in e for e in log if "val_loss" in e)
         assert not (folder / "state.safetensors").exists() and (folder / "tokenizer.json").exists()
         assert load(folder).config.mask_id == 6
@@ -70,9 +112,12 @@ def test_the_main_job(run, capsys):
     assert out.count("\n| SeqD") == sum(r["label"] == "SeqD" for r in rows) and "peak memory" in out and "device cpu (asked for)" in out
 
 
-@pytest.mark.parametrize("options", [[], ["--recipe=paper", "--ema=0.9"], ["--accumulate=2", "--ema=0.5"]], ids=["trajectory", "paper", "accumulate"])
-@pytest.mark.parametrize("at", [0, 2])
-def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, monkeypatch, options, at):
+@pytest.mark.parametrize("at, options", [
+    (0, []), (2, []), (2, ["--recipe=paper", "--ema=0.9"]), (0, ["--accumulate=2", "--ema=0.5"]), (2, ["--accumulate=2", "--ema=0.5"]),
+    (2, ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]), (2, ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
+])  # fmt: skip
+def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, monkeypatch, packed, options, at):
+    options = [f"--data={packed}" if o == "packed" else o for o in options]
     run("--name=whole", "--test_items=0", *options)
     inner, interrupted = train.learning_rate, []
 
@@ -140,10 +185,42 @@ def test_seed_decides(run):
     assert same(Path("out/a/base"), Path("out/b/base")) and not same(Path("out/a/base"), Path("out/c/base"))
 
 
-def test_checkpointed_activations_change_no_bit(run):
-    run("--name=a", "--stage=base")
-    run("--name=b", "--stage=base", "--remat")
+@pytest.mark.parametrize("data", ["sudoku", "packed"])
+def test_checkpointed_activations_change_no_bit(run, packed, data):
+    options = ["--stage=base", *([f"--data={packed}", "--block_size=4"] if data == "packed" else [])]
+    run("--name=a", *options)
+    run("--name=b", *options, "--remat")
     assert same(Path("out/a/base"), Path("out/b/base"))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_accumulated_parts_are_the_whole_batch(run, packed, monkeypatch, shift):
+    """Rows hold different numbers of answer tokens, and every token counts alike. With t = 1 everything is masked and nothing is random."""
+    monkeypatch.setattr(rcd, "sample_t", lambda rows, *_: torch.ones(rows, 1))
+    inner = rcd.Config.__init__
+    monkeypatch.setattr(rcd.Config, "__init__", lambda self, **values: inner(self, **{**values, "logit_shift": shift}))
+    for parts in (1, 2, 5):
+        run(f"--name={parts}", f"--data={packed}", "--stage=base", "--base_steps=2", "--warmup=0", "--lr=0.01", "--clip=0", f"--accumulate={parts}")
+    whole, losses = weights(Path("out/1/base")), []
+    for parts in (1, 2, 5):
+        for name, value in weights(Path(f"out/{parts}/base")).items():
+            torch.testing.assert_close(value, whole[name], atol=2e-4, rtol=0)
+        losses.append([json.loads(line)["loss"] for line in Path(f"out/{parts}/base/log.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5) and losses[2] == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_a_batch_is_rows_of_the_files(packed):
+    """Tokens, response and segments of the same row, in the dtypes that the loss takes; None where rows are not packed."""
+    import data
+
+    dataset, generator = data.load(packed), torch.Generator().manual_seed(0)
+    tokens, response, segments = train.batches(dataset, "train", 40)(200, generator)
+    rows = {t.tobytes(): (r, s) for t, r, s in zip(*(np.asarray(f("train")) for f in (dataset.tokens, dataset.response, dataset.segments)))}
+    assert tokens.dtype == segments.dtype == torch.int64 and response.dtype == torch.bool
+    for t, r, s in zip(tokens, response, segments):
+        expected = rows[t.numpy().astype(np.uint16).tobytes()]
+        assert (r.numpy() == expected[0]).all() and (s.numpy() == expected[1]).all()
+    assert (segments == 0).any() and (segments == 2).any() and not response[segments == 0].any()
 
 
 def test_conversion_of_another_model(run):
@@ -167,7 +244,7 @@ def test_learning_rate_by_hand():
 # The trajectory recipe: one denoising step of every trajectory, written out cell by cell.
 
 
-PACKED = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1, 1, 2, 2, 2, 2, 0, 0]])  # 0 = padding
+PACKED = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1, 1, 1, 2, 2, 2, 0, 0]])  # 0 = padding
 
 
 def documents_of(row: torch.Tensor) -> list[range]:
@@ -188,11 +265,12 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
     tokens = torch.randint(0, 8, (B, T), generator=generator)
     response = torch.ones(B, T, dtype=torch.bool)
     response[0, :3] = response[1, 5] = False
+    documents = [documents_of(row) for row in (torch.ones(B, T) if segments is None else segments)]
+    for i in range(B):  # one given token in a document: cells that see nothing but masks would be equally sure
+        for d in documents[i]:
+            response[i, d[0]] = False
     if segments is not None:
         response &= segments > 0
-    documents = [documents_of(row) for row in (torch.ones(B, T) if segments is None else segments)]
-    for i, ranges in enumerate(documents):
-        response[i, [d[0] for d in ranges]] = False  # a first block that is all masks predicts the same everywhere: ties
     trajectories = Trajectories(c, B, T, packed=segments is not None)
     asked = []
     masked, carried, left = response.clone(), {}, None
@@ -298,6 +376,134 @@ def test_trajectories_start_cold_and_end_full():
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)  # the first step is an ordinary pass at t = 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What is said before the start: memory and the rate of matmuls
+
+CPU = torch.device("cpu")
+
+
+def on_meta(config: Config) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def test_memory_by_hand(monkeypatch):
+    c = Config(vocab_size=10, mask_id=9, n_layer=2, n_head=2, n_kv_head=1, head_dim=4, d_model=8, d_ff=12)
+    layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 8 * 12  # q, k and v, o, SwiGLU
+    matrices = 10 * 8 + 2 * layer
+    parameters = matrices + 2 * (2 * 4 + 2 * 8) + 8  # and the norms: q and k, two of the stream, the last
+    o = train.Train(batch_size=3, ema=0.9)
+    monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1000)
+
+    def need(rows: int = 3, remat: bool = False, dtype=torch.float32, **changes):
+        given = dict(length=5, packed=False, reference=77, own=False) | changes
+        return {k: v for k, v in budget.memory(on_meta(c), o, rows, remat, *given.values(), CPU, dtype).items() if v}
+
+    x = 3 * 5 * 8 * 4  # a hidden state of every token in float32
+    always = {"weights": 4 * parameters, "AdamW": 8 * parameters, "average": 4 * parameters, "reference": 77}
+    assert need(remat=True) == always | {"gradients": 4 * parameters, "activations": x + 1000}  # the end of the backward pass is the larger heap
+    monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 9000)
+    logits = 3 * 15 * 10 * 4 + 10 * 8 * 4  # three of (15, 10) in float32, and the gradient of the table
+    assert need() == always | {"activations": 2 * (x + 9000), "logits": logits}
+    assert need(dtype=torch.bfloat16) == always | {"activations": 2 * (x + 9000), "logits": logits, "bfloat16 copies": 2 * matrices}
+    monkeypatch.setattr(budget, "CHUNK", 45)  # four rows of logits at once
+    assert need()["logits"] == 3 * 4 * 10 * 4 + 10 * 8 * 4
+    part = need(rows=1)  # gradients of the part before are there already
+    assert part["gradients"] == 4 * parameters and part["activations"] == 2 * (x // 3 + 9000)
+    assert need(packed=True)["attention mask"] == 3 * 5 * 5
+    c.block_size = 4  # [noisy | clean]
+    assert need()["attention mask"] == 3 * 10 * 10 and need()["activations"] == 2 * (2 * x + 9000)
+    state = 8 * 3 * (5 * (8 + 1 + 1 + 4 + 8 * 4) + 8 + 4)  # a pool of 8 batches; a trajectory has tokens, response, masked, alpha, Delta; left, threshold
+    assert need(own=True)["trajectories"] == state and need(own=True, packed=True)["trajectories"] == state + 8 * 3 * 5 * 8
+
+
+SHAPES = {
+    "float32": (dict(vocab_size=64, mask_id=63, n_layer=4), 16, 64, torch.float32, False),
+    "blocks in bfloat16": (dict(vocab_size=64, mask_id=63, n_layer=4, block_size=4), 8, 64, torch.bfloat16, False),
+    "remat": (dict(vocab_size=64, mask_id=63, n_layer=6), 16, 64, torch.float32, True),
+    "many tokens": (dict(vocab_size=20_000, mask_id=63, n_layer=1), 2, 64, torch.bfloat16, False),
+    "large for its batch": (dict(vocab_size=64, mask_id=63, n_layer=3, d_model=256, d_ff=688), 1, 32, torch.float32, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_against_what_torch_allocates(shape, monkeypatch):
+    """The peak of the allocator's own record over two training steps, within a fifth."""
+    options, rows, length, dtype, remat = SHAPES[shape]
+    monkeypatch.setattr(rcd, "CHUNK", 1 << 20)  # several chunks of logits
+    monkeypatch.setattr(budget, "CHUNK", 1 << 20)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = Transformer(Config(**options)).init_weights(torch.Generator().manual_seed(0))
+        model.remat = remat
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):
+            with train.autocast(CPU, dtype):
+                loss = diffusion_loss(model, torch.zeros(rows, length, dtype=torch.long), t=torch.ones(rows, 1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    peak = max(np.cumsum([n for _, n in changes]))
+    estimate = sum(budget.memory(on_meta(model.config), train.Train(batch_size=rows), rows, remat, length, False, 0, False, CPU, dtype).values())
+    assert 0.8 < estimate / peak < 1.2
+
+
+def test_memory_of_experts_is_that_of_the_chosen():
+    """A token meets two experts of width 12 and a shared one of 8: as much as one SwiGLU of 32."""
+    dense, sparse = on_meta(Config(d_ff=32, n_layer=1)), on_meta(Config(n_layer=1))
+    sparse.layers[0].mlp = Experts(128, 12, 6, 2, normalise=True, shared=8)
+    kept = [budget.kept_by_layer(m, 2, 16, False, CPU, torch.float32) for m in (dense, sparse, on_meta(Config(d_ff=31, n_layer=1)))]
+    assert kept[0] == kept[1] > kept[2]
+
+
+def test_advice_when_memory_is_short(capsys):
+    def need(rows: int, remat: bool) -> dict[str, int]:
+        return {"weights": 10 << 30, "activations": rows * (1 if remat else 4) << 30, "reference": 3 << 30}
+
+    def told(have: int, **options) -> tuple[str, str]:
+        budget.report_memory(train.Train(batch_size=8, **options), need, have << 30)
+        return capsys.readouterr()
+
+    out, err = told(50)  # 13 + 8 * 4
+    assert out == "memory: about 45.00 GiB of 50.00 GiB free, 21.00 GiB with --remat; weights 10.00 GiB, activations 32.00 GiB, reference 3.00 GiB\n"
+    assert err == "" and told(0)[1] == "" and "of unknown free" in told(0)[0]
+    assert told(44)[1] == "WARNING: this will probably run out of memory: 1.00 GiB too much; --remat needs 21.00 GiB\n"
+    assert told(44, remat=True)[1] == "" and told(20)[1].endswith("25.00 GiB too much; --remat --accumulate=2 needs 17.00 GiB\n")
+    assert told(20, remat=True)[1].endswith("1.00 GiB too much; --accumulate=2 needs 17.00 GiB\n")
+    assert told(22, accumulate=2)[1].endswith("7.00 GiB too much; --remat needs 17.00 GiB\n")
+    assert told(13)[1].endswith("even --remat --accumulate=8 needs 14.00 GiB: a smaller model, or shorter canvases, or a smaller --reference than 3.00 GiB\n")
+
+
+def test_a_run_that_will_not_fit_is_told_so_and_goes_on(run, capsys, monkeypatch):
+    monkeypatch.setattr(train, "available", lambda device: 1 << 10)
+    run("--name=x", "--stage=base")
+    told = capsys.readouterr()
+    assert "WARNING: this will probably run out of memory" in told.err and "memory: about " in told.out and load("out/x/base")
+
+
+@pytest.mark.parametrize("kind", ["full", "blocks", "experts"])
+def test_flops_are_those_that_torch_counts(tiny, kind):
+    model = tiny(block_size=3 if kind == "blocks" else 0, tied=False)
+    if kind == "experts":
+        for layer in model.layers:
+            layer.mlp = Experts(16, 12, 6, 2, normalise=True, shared=8).requires_grad_(False)
+            for p in layer.mlp.parameters():
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    tokens, T = torch.zeros(2, 9, dtype=torch.long), 9
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        diffusion_loss(model, tokens, t=torch.ones(2, 1))
+    attention = 4 * 2 * T * 24 * T  # 2 layers of 4 heads of 6 over T keys, for each of T tokens
+    surplus = 2 * attention if kind == "blocks" else 0  # computed densely, 2T tokens over 2T keys, of which half is counted
+    assert 2 * budget.forward_flops(model, T, predicted=T) == counter.get_total_flops() - 2 * surplus
+    assert budget.forward_flops(model, T, 9) - budget.forward_flops(model, T, 4) == 5 * 2 * 12 * 16  # the head, V by D
+
+
+def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
+    clock = iter(x / 10 for x in range(1000))  # every look at the clock takes 0.1 s
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    assert budget.matmul_rate(CPU, torch.float32) == pytest.approx(2 * 1024**3 / 0.1)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -315,6 +521,7 @@ def test_trajectories_start_cold_and_end_full():
         (["--init_from=nothing-here"], "no model 'nothing-here'"),
         (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
         (["--weight=heavy"], "weight='heavy': choose from entropy"),
+        (["--t_per=token"], "t_per='token': choose from document, block"),
         (["--reference=out/x"], "--reference is read by --recipe=paper"),
         (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
     ],

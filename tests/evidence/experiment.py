@@ -174,7 +174,9 @@ class Cells:
         if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
             print(f"python train.py {' '.join(self.command(run))}", flush=True)
             started = (ROOT / "out" / self.folder(run) / "state.safetensors").is_file()
-            subprocess.run([sys.executable, "train.py", *self.command(run), *(["--resume"] if started else [])], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "train.py", *self.command(run), *(["--resume"] if started else [])]
+            if subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode:
+                raise ValueError(f"{run} of seed {self.seed} did not finish: see above; the same command goes on from here")
 
     def model(self, run: str) -> zoo.Loaded | None:
         if run and run not in self.models:
