@@ -332,6 +332,7 @@ class Residual:
     fixed: float = 0.3  # alpha under weight=fixed
     t_res: float = 1.0  # residual temperature T_res: alpha is taken from softmax(logits / T_res); below 1 injects less
     temper_delta: bool = False  # T_res tempers Delta too (Algorithm 2, line 25 does not; section 3.3 can be read either way)
+    terms: int = 0  # Delta from so many of the likeliest tokens alone (approximate, quick on a CPU); 0 = the whole vocabulary, exact
 
     def __post_init__(self):
         if self.weight not in WEIGHTS:
@@ -340,31 +341,53 @@ class Residual:
             raise ValueError(f"t_res={self.t_res} must be above 0 and finite")
         if not 0 <= self.fixed <= 1:
             raise ValueError(f"fixed={self.fixed} must lie in [0, 1]")
+        if self.terms < 0:
+            raise ValueError(f"terms={self.terms} must not be negative")
 
-    def __call__(self, logits: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, embedding: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. No gradient.
 
-        The softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V.
+        entropy (N,), optional: that of softmax(logits) in nats, from whoever has computed it already (the sampler, when it draws). The
+        softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V. With terms = k, where m is the mass
+        of a row's k likeliest tokens, Delta is their expectation alone, sum p_j E_j / m; then |Delta - exact| <= 2 (1 - m) max |E_j|.
+        Proof: |sum of the other p_j E_j| <= (1 - m) max |E_j|, and so is (1/m - 1) |sum of the k p_j E_j|, whose weights sum to m.
         """
         N, V = logits.shape
         alpha = torch.empty(N, device=logits.device, dtype=torch.float32)
         delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
         with torch.no_grad():
             for rows in row_chunks(N, V):
-                z = logits[rows].float()
-                p = z.softmax(-1)  # (n, V)
-                p_res = p if self.t_res == 1 else (z / self.t_res).softmax(-1)  # (n, V)
-                if self.temper_delta:
-                    p = p_res
+                z = logits[rows] if self.t_res == 1 else logits[rows].float() / self.t_res  # (n, V)
                 if self.weight in ("entropy", "1-entropy"):
-                    a = torch.special.entr(p_res).sum(-1) / math.log(V)  # Eq. 3; entr(0) = 0
+                    known = entropy is not None and self.t_res == 1
+                    a = (entropy[rows] if known else entropy_of(*softmax(z))) / math.log(V)  # Eq. 3
                 elif self.weight in ("confidence", "1-confidence"):
-                    a = p_res.amax(-1)
+                    a = softmax(z)[1].amax(-1)
                 else:
                     a = torch.full_like(alpha[rows], self.fixed if self.weight == "fixed" else 1.0)
                 alpha[rows] = 1 - a if self.weight.startswith("1-") else a
-                delta[rows] = embedding[p.argmax(-1)] if self.weight == "top-1" else p.to(embedding.dtype) @ embedding  # Eq. 1
+                z = z if self.temper_delta else logits[rows]
+                if self.weight == "top-1":
+                    delta[rows] = embedding[z.argmax(-1)]
+                elif 0 < self.terms < V:
+                    z, ids = z.topk(self.terms)  # (n, k)
+                    p = softmax(z)[1].to(embedding.dtype)
+                    delta[rows] = F.embedding_bag(ids, embedding, per_sample_weights=p, mode="sum")
+                else:
+                    delta[rows] = softmax(z)[1].to(embedding.dtype) @ embedding  # Eq. 1
         return alpha, delta
+
+
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, V) -> themselves, finite (0 * -inf is no number, and [MASK] has p = 0), and p = softmax(logits), both in float32."""
+    z = logits.float().clamp(min=-1e30)
+    return z, z.softmax(-1)
+
+
+def entropy_of(z: Tensor, p: Tensor) -> Tensor:
+    """H(p) (n,) in nats of p = softmax(z), both (n, V): log sum exp(z) - sum p z, because a logarithm of every p costs more than all else."""
+    log_sum = z.amax(-1) - p.amax(-1).log()  # (n,)
+    return (log_sum - (p * z).sum(-1)).clamp(min=0)
 
 
 def mix(x: Tensor, where: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, mask_embedding: Tensor) -> Tensor:
@@ -554,8 +577,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
     token = torch.empty(N, device=logits.device, dtype=torch.long)
     confidence, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
     for rows in row_chunks(N, V):
-        z = logits[rows].float()  # (n, V)
-        p = z.softmax(-1)
+        z, p = softmax(logits[rows])  # (n, V)
         if s.temperature == 0:
             chosen = p.argmax(-1)  # (n,)
         else:
@@ -568,7 +590,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
         token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
-        entropy[rows] = torch.special.entr(p).sum(-1) if s.rule == "entropy" else 0
+        entropy[rows] = entropy_of(z, p) if s.rule == "entropy" or s.carry == "residual" else 0
     return token, confidence, entropy
 
 
@@ -700,7 +722,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             cells = cells[~commit]
             alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)
             if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[~commit], E)  # only what is still masked will read it
+                alpha, delta = residual(logits[~commit], E, entropy[~commit])  # only what is still masked will read it
             carried = torch.zeros(B, T, device=device).index_put_((cells[:, 0], cells[:, 1]), alpha)
             if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end are done
                 drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids, device=device))

@@ -326,7 +326,8 @@ def runs(draw):
         top_k=draw(st.sampled_from([0, 1, 3, 50])), top_p=draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
         guidance=draw(st.sampled_from([0.0, 0.0, 0.7])),
     )  # fmt: skip
-    r = Residual(draw(st.sampled_from(rcd.WEIGHTS)), 0.3, draw(st.sampled_from([0.5, 1.0, 2.0])), draw(st.booleans()))
+    terms = draw(st.sampled_from([0, 0, 3]))
+    r = Residual(draw(st.sampled_from(rcd.WEIGHTS)), 0.3, draw(st.sampled_from([0.5, 1.0, 2.0])), draw(st.booleans()), terms)
     return options, rows, s, r, draw(st.integers(0, 5))
 
 
@@ -577,9 +578,9 @@ def test_the_dirichlet_start_is_uniform_over_distributions(tiny):
     seen = []
 
     class Spy(Residual):
-        def __call__(self, logits, embedding):
+        def __call__(self, logits, *rest):
             seen.append(logits)
-            return super().__call__(logits, embedding)
+            return super().__call__(logits, *rest)
 
     canvas = torch.full((2, 1500), MASK)
     step = next(
