@@ -379,6 +379,24 @@ def test_the_host_waits_once_a_step(tiny, kind, s, r, monkeypatch):
     assert len(steps) > 2 and len(asked) == 3 * len(steps) and not (steps[-1].tokens == MASK).any()
 
 
+@pytest.mark.parametrize("kind, cache", [("blocks shifted", "exact"), ("full", "dual")])
+def test_a_compiled_forward_gives_the_same_tokens(tiny, kind, cache):
+    """As sample.py --compile does it, but for the code generator, which takes a minute: the graphs are captured whole, the cache that they
+    write to included, and a handful serves every width, row count and length."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, s = tiny(seed=24, n_layer=1, **KINDS[kind]), Sampler(rule="threshold", threshold=0.5, block_size=4, cache=cache)
+    canvas = torch.tensor([[1] * 5 + [_] * 23, [1, 2] + [_] * 26, [1] * 9 + [_] * 19])
+    plain = drain(model, canvas, s, lengths=torch.tensor([28, 28, 20]))
+    model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled = drain(model, canvas, s, lengths=torch.tensor([28, 28, 20]))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # torch gives up at 8
+    assert len(plain) == len(compiled) > 10
+    for one, other in zip(plain, compiled):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
+        torch.testing.assert_close(one.confidence, other.confidence, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("block_size, cache", [(4, "exact"), (0, "prefix"), (0, "dual")])
 @torch.no_grad()
 def test_a_position_is_written_once_by_a_forward(tiny, block_size, cache, monkeypatch):
