@@ -661,7 +661,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     independent: at temperature 0 a row gets the same tokens in any batch. A row that drew an end token is done at the end of that block,
     the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
     """
-    c, s, device, canvas = model.config, sampler, model.embedding.device, canvas.cpu()  # what is small is kept on the host, see below
+    c, s, device, canvas = model.config, sampler, model.embedding.device, canvas.cpu()  # what lies where is small, and kept on the host
     if canvas.dim() != 2 or not canvas.numel() or not bool(((canvas >= 0) & (canvas < c.vocab_size)).all()):
         raise ValueError(f"a canvas holds ids below {c.vocab_size} in (B, T), both at least 1; this one is {tuple(canvas.shape)}")
     B, T = canvas.shape
@@ -726,11 +726,11 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
         while len(cells):
             logits = predict(start, stop, cells, alpha, delta)  # (N, V)
-            *_, entropy = drawn = draw(logits, s, generator)
-            token, confidence, calm = (x.cpu() for x in drawn)  # the only time that the host waits for the device
+            drawn = draw(logits, s, generator)
+            token, confidence, entropy = (x.cpu() for x in drawn)  # the only time that the host waits for the device
             masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
-            commit = choose(s, cells, confidence, calm, quota, generator)
+            commit = choose(s, cells, confidence, entropy, quota, generator)
             steps_left -= 1
 
             row, col = cells[:, 0], cells[:, 1]
@@ -741,7 +741,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             cells, left = cells[left], left.to(device)
             alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)
             if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[left], E, entropy[left])  # only what is still masked will read it
+                alpha, delta = residual(logits[left], E, drawn[2][left])  # only what is still masked will read it
             carried = torch.zeros(B, T, device=device).index_put_(tuple(cells.to(device).T), alpha)
             if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end are done
                 drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids))
