@@ -352,6 +352,7 @@ class Residual:
     fixed: float = 0.3  # alpha under weight=fixed
     t_res: float = 1.0  # residual temperature T_res: alpha is taken from softmax(logits / T_res); below 1 injects less
     temper_delta: bool = False  # T_res tempers Delta too (Algorithm 2, line 25 does not; section 3.3 can be read either way)
+    terms: int = 0  # Delta from so many of the likeliest tokens alone (approximate, quick on a CPU); 0 = the whole vocabulary, exact
 
     def __post_init__(self):
         if self.weight not in WEIGHTS:
@@ -360,33 +361,55 @@ class Residual:
             raise ValueError(f"t_res={self.t_res} must be above 0 and finite")
         if not 0 <= self.fixed <= 1:
             raise ValueError(f"fixed={self.fixed} must lie in [0, 1]")
+        if self.terms < 0:
+            raise ValueError(f"terms={self.terms} must not be negative")
 
-    def __call__(self, logits: Tensor, embedding: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, embedding: Tensor, entropy: Tensor | None = None, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype.
 
         grad lets the gradient through Delta; never through alpha (the entropy's is infinite where p = 0).
 
-        The softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V.
+        entropy (N,), optional: that of softmax(logits) in nats, from whoever has computed it already (the sampler, when it draws). The
+        softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V. With terms = k, where m is the mass
+        of a row's k likeliest tokens, Delta is their expectation alone, sum p_j E_j / m; then |Delta - exact| <= 2 (1 - m) max |E_j|.
+        Proof: |sum of the other p_j E_j| <= (1 - m) max |E_j|, and so is (1/m - 1) |sum of the k p_j E_j|, whose weights sum to m.
         """
         N, V = logits.shape
         alpha = torch.empty(N, device=logits.device, dtype=torch.float32)
         delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
         with torch.set_grad_enabled(grad):
             for rows in row_chunks(N, V):
-                z = logits[rows].float()
-                p = z.softmax(-1)  # (n, V)
-                p_res = p if self.t_res == 1 else (z / self.t_res).softmax(-1)  # (n, V)
-                if self.temper_delta:
-                    p = p_res
+                z = logits[rows] if self.t_res == 1 else logits[rows].float() / self.t_res  # (n, V)
                 if self.weight in ("entropy", "1-entropy"):
-                    a = torch.special.entr(p_res).sum(-1) / math.log(V)  # Eq. 3; entr(0) = 0
+                    known = entropy is not None and self.t_res == 1
+                    a = (entropy[rows] if known else entropy_of(*softmax(z))) / math.log(V)  # Eq. 3
                 elif self.weight in ("confidence", "1-confidence"):
-                    a = p_res.amax(-1)
+                    a = softmax(z)[1].amax(-1)
                 else:
                     a = torch.full_like(alpha[rows], self.fixed if self.weight == "fixed" else 1.0)
                 alpha[rows] = (1 - a if self.weight.startswith("1-") else a).detach()
-                delta[rows] = embedding[p.argmax(-1)] if self.weight == "top-1" else p.to(embedding.dtype) @ embedding  # Eq. 1
+                z = z if self.temper_delta else logits[rows]
+                if self.weight == "top-1":
+                    delta[rows] = embedding[z.argmax(-1)]
+                elif 0 < self.terms < V:
+                    z, ids = z.topk(self.terms)  # (n, k)
+                    p = softmax(z)[1].to(embedding.dtype)
+                    delta[rows] = F.embedding_bag(ids, embedding, per_sample_weights=p, mode="sum")
+                else:
+                    delta[rows] = softmax(z)[1].to(embedding.dtype) @ embedding  # Eq. 1
         return alpha, delta
+
+
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, V) -> themselves, finite (0 * -inf is no number, and [MASK] has p = 0), and p = softmax(logits), both in float32."""
+    z = logits.float().clamp(min=-1e30)
+    return z, z.softmax(-1)
+
+
+def entropy_of(z: Tensor, p: Tensor) -> Tensor:
+    """H(p) (n,) in nats of p = softmax(z), both (n, V): log sum exp(z) - sum p z, because a logarithm of every p costs more than all else."""
+    log_sum = z.amax(-1) - p.amax(-1).log()  # (n,)
+    return (log_sum - (p * z).sum(-1)).clamp(min=0)
 
 
 def mix(x: Tensor, where: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, mask_embedding: Tensor) -> Tensor:
@@ -550,11 +573,13 @@ class Sampler:
     temperature: float = 0.0  # of the draw; 0 = argmax. Confidence always comes from the untempered, unfiltered distribution
     top_k: int = 0  # draw among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (looked for among the 1,024 likeliest)
+    cache: str = "exact"  # a bidirectional model's keys and values: exact (none kept) | prefix | dual (approximate: kept while in a block)
     guidance: float = 0.0  # classifier-free guidance w (LLaDA): logits = u + (w + 1)(c - u), u with the prompt masked; doubles the NFE
 
     def __post_init__(self):
         for name, value, choices in (("rule", self.rule, RULES), ("start", self.start, STARTS), ("carry", self.carry, ("residual", "none")),
-                                     ("certainty", self.certainty, ("confidence", "entropy", "margin"))):  # fmt: skip
+                                     ("certainty", self.certainty, ("confidence", "entropy", "margin")),
+                                     ("cache", self.cache, ("exact", "prefix", "dual"))):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}")
         for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound"):
@@ -567,7 +592,7 @@ class Sampler:
 
 
 class Step(NamedTuple):
-    """The record of one forward pass; all tensors are (B, T) but nfe (B,)."""
+    """The record of one forward pass; all tensors are (B, T) but nfe (B,), and on the host but alpha, which nobody need wait for."""
 
     block: int  # which block of every row is being denoised
     tokens: Tensor  # the canvas after this step
@@ -578,39 +603,52 @@ class Step(NamedTuple):
 
 
 class View:
-    """One model's reading of the canvas: what it has cached, and the forward over what it has not. Guidance hides the prompt from it."""
+    """One model's reading of the canvas: what it has cached, and the forward over what it has not. Guidance hides the prompt from it.
 
-    def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, hidden: Tensor | None = None):
-        self.model, self.canvas, self.lengths, self.block, self.hidden = model, canvas, lengths, block, hidden
-        self.cache = KVCache(model.config, *canvas.shape, canvas.device, model.head.dtype) if model.config.block_size else None
-        self.cached = torch.zeros_like(lengths)  # (B,) tokens of a row whose keys are final
+    Block-causal models cache exactly. Bidirectional ones read the whole canvas at every step (exact), or do so at the first step of a block
+    and keep those keys and values while they denoise it, though they would change (Fast-dLLM, 2505.22618): of all that stands before the
+    block (prefix), or of everything but the block (dual). The canvas and where things are on it live on the host.
+    """
+
+    def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, cache: str = "exact", hidden: Tensor | None = None):
+        self.model, self.canvas, self.lengths, self.block, self.kind, self.hidden = model, canvas, lengths, block, cache, hidden
+        cached, E = bool(model.config.block_size) or cache != "exact", model.embedding
+        self.cache = KVCache(model.config, *canvas.shape, E.device, model.head.dtype) if cached else None
+        self.begun = torch.full_like(lengths, -1)  # (B,) where the block begins that a row's last forward was for
+
+    def window(self, rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """What the forward reads of each row (n,), whose block is [start, stop): the positions [oldest, end), each (n,)."""
+        own = start - int(self.model.config.logit_shift)  # a shifted model predicts a block's first token from the one before
+        if self.model.config.block_size:  # all whose keys are not final: on a block's first forward the block before it, or the prompt
+            oldest, end = torch.minimum(own, self.begun[rows]), stop
+        else:
+            everything = (self.begun[rows] != start) | (self.kind == "exact")
+            oldest = own.masked_fill(everything, 0)
+            end = stop.masked_fill(everything | (self.kind == "prefix"), self.canvas.shape[1])
+        self.begun[rows] = start
+        return oldest.clamp(min=0), end
 
     def logits(self, start: Tensor, stop: Tensor, cells: Tensor, alpha: Tensor, delta: Tensor) -> Tensor:
         """Logits (N, V) at the masked cells (N, 2) = (row, column) of the blocks [start, stop), each (B,), given their residual."""
-        model, row = self.model, cells[:, 0]
-        rows, index = row.unique(return_inverse=True)  # only rows with something to predict take part: (n,), (N,)
-        end = stop[rows] if self.cache is not None else torch.full_like(rows, self.canvas.shape[1])
-        # The window: everything whose keys are not final. One width for all rows, aligned on the right at the end of the active block
-        # (on the first forward of a block that covers the block before it, or the prompt, which thus needs no forward of its own).
-        oldest = torch.minimum(start[rows] - int(model.config.logit_shift), self.cached[rows]) if self.cache is not None else 0
-        width = int((end - oldest).max())
-        positions = end[:, None] - width + torch.arange(width, device=end.device)  # (n, W), negative = padding
+        model, device = self.model, delta.device
+        rows, index = cells[:, 0].unique(return_inverse=True)  # only rows with something to predict take part: (n,), (N,)
+        oldest, end = self.window(rows, start[rows], stop[rows])
+        width = int((end - oldest).max())  # one for all rows, aligned on the right
+        positions = end[:, None] - width + torch.arange(width)  # (n, W), before oldest = padding
         at = positions.clamp(min=0)
         tokens = self.canvas[rows[:, None], at]  # (n, W)
         if self.hidden is not None:
             tokens = tokens.masked_fill(self.hidden[rows[:, None], at], model.config.mask_id)
-        where = index, cells[:, 1] - (end[index] - width)  # cells in window coordinates
-        x = mix(model.embed(tokens), where, alpha, delta, model.embedding[model.config.mask_id])
-        if self.cache is None:  # bidirectional: every key of the row's own length, none of its padding
-            valid = positions < self.lengths[rows, None]  # (n, T)
-            mask = None if bool(valid.all()) else valid[:, None, None]  # (n, 1, 1, T)
-        else:
-            self.cache.point_at(rows, torch.where(positions < 0, -1, positions), int(end.max()))
-            keys = torch.arange(self.cache.stop, device=end.device)[None]  # (1, S)
-            mask = (block_causal_mask(at, keys, self.block) & (keys < end[:, None])[:, None])[:, None]  # (n, 1, W, S)
-            mask = None if bool(mask.all()) else mask
-            self.cached[rows] = start[rows]
-        return model.logits(model.rows(model(x, at, mask, self.cache), where))
+        where = index.to(device), (cells[:, 1] - (end[index] - width)).to(device)  # cells in window coordinates
+        x = mix(model.embed(tokens.to(device)), where, alpha, delta, model.embedding[model.config.mask_id])
+        if model.config.block_size:  # a query sees the keys [0, reach): those up to the end of its own block ...
+            S, reach = int(end.max()), torch.minimum(end[:, None], (at // self.block + 1) * self.block)  # (n, W)
+        else:  # ... or all of the row's own length, none of its padding
+            S, reach = self.canvas.shape[1], self.lengths[rows, None]  # (n, 1)
+        mask = None if bool((reach == S).all()) else (torch.arange(S, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
+        if self.cache is not None:
+            self.cache.point_at(rows.to(device), positions.masked_fill(positions < oldest[:, None], -1).to(device), S)
+        return model.logits(model.rows(model(x, at.to(device), mask, self.cache), where))
 
 
 def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -619,8 +657,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
     token = torch.empty(N, device=logits.device, dtype=torch.long)
     confidence, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
     for rows in row_chunks(N, V):
-        z = logits[rows].float()  # (n, V)
-        p = z.softmax(-1)
+        z, p = softmax(logits[rows])  # (n, V)
         if s.temperature == 0:
             chosen = p.argmax(-1)  # (n,)
         else:
@@ -633,7 +670,7 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
         token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
-        entropy[rows] = torch.special.entr(p).sum(-1) if "entropy" in (s.rule, s.certainty) else 0
+        entropy[rows] = entropy_of(z, p) if "entropy" in (s.rule, s.certainty) or s.carry == "residual" else 0
     return token, confidence, entropy
 
 
@@ -645,7 +682,8 @@ def choose(s: Sampler, cells: Tensor, confidence: Tensor, entropy: Tensor, quota
     row, column = cells[:, 0].contiguous(), cells[:, 1]
     static = confidence if s.certainty == "confidence" else -entropy
     score = {"static": static, "threshold": confidence, "entropy": -entropy, "left-to-right": -column.float(),
-             "random": torch.rand(len(cells), generator=generator, device=cells.device) if s.rule == "random" else confidence}[s.rule]  # fmt: skip
+             "random": torch.rand(len(cells), generator=generator, device=generator.device if generator else None).to(cells.device)
+             if s.rule == "random" else confidence}[s.rule]  # fmt: skip
     order = score.argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]  # row by row, best first
     first = torch.searchsorted(row[order], row)  # where the row of each cell begins in that order
@@ -689,17 +727,19 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     independent: at temperature 0 a row gets the same tokens in any batch. A row that drew an end token is done at the end of that block (or
     sub-block), the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
     """
-    c, s, device = model.config, sampler, canvas.device
+    c, s, device, canvas = model.config, sampler, model.embedding.device, canvas.cpu()  # what lies where is small, and kept on the host
     if canvas.dim() != 2 or not canvas.numel() or not bool(((canvas >= 0) & (canvas < c.vocab_size)).all()):
         raise ValueError(f"a canvas holds ids below {c.vocab_size} in (B, T), both at least 1; this one is {tuple(canvas.shape)}")
     B, T = canvas.shape
-    lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
+    lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
     if bool((lengths > T).any()):
         raise ValueError(f"lengths={lengths.tolist()} exceed the canvas of {T} tokens")
-    inside = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
+    inside = torch.arange(T) < lengths[:, None]  # (B, T)
     fill = inside & (canvas == c.mask_id)  # (B, T): what is to be filled
     tokens = torch.where(inside, canvas, c.pad_id)
     begin = s.start if s.carry == "residual" else "cold"
+    if c.block_size and s.cache != "exact":
+        raise ValueError(f"cache={s.cache} is for bidirectional models; a block-causal one has an exact cache, choose cache=exact")
     if begin == "warm" and reference is None:
         raise ValueError("start=warm needs the reference model: give it, or choose start=cold")
     if begin == "warm":
@@ -710,24 +750,23 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
     # Where each row's blocks lie. Block-causal models count blocks from position 0, given tokens included; others from the first mask.
     b = s.block_size or c.block_size or T
-    column = torch.arange(T, device=device)
+    column = torch.arange(T)
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) first mask, T = nothing to fill
-    first = first // b * b if c.block_size or b == T else first
+    first = first if s.block_size and not c.block_size else first // b * b
     sub = min(s.sub_block or b, b)
     alone = int(s.sub_block > 0 and c.block_size > 0 and c.logit_shift)  # Fast-dLLM v2: first what the clean block before predicts
     parts, at = -(-b // sub) + alone, column - first[:, None]  # of a block; while one is filled, the masks of later ones wait; (B, T)
     block_of = (at // b * parts + at % b // sub + alone * (at % b > 0)).masked_fill(~fill, -1)  # (B, T): the part that a mask is in
     n_blocks = int(block_of.max()) + 1
     counts = torch.stack([(block_of == j).sum(1) for j in range(n_blocks)], 1).tolist() if n_blocks else [[]] * B  # masks of each block
-    budget = torch.tensor([step_budget(masks, s.steps) for masks in counts], device=device).view(B, n_blocks)
+    budget = torch.tensor([step_budget(masks, s.steps) for masks in counts]).view(B, n_blocks)
     if c.logit_shift and bool(fill[:, 0].any()):
         raise ValueError("this model predicts a token from the position before it: the first token of a canvas must be given")
 
-    main = View(model, tokens, lengths, b)
-    hidden = View(model, tokens, lengths, b, hidden=inside & ~fill) if s.guidance else None
+    main = View(model, tokens, lengths, b, s.cache)
+    hidden = View(model, tokens, lengths, b, s.cache, hidden=inside & ~fill) if s.guidance else None
     warm = View(reference, tokens, lengths, b) if begin == "warm" else None
-    nfe = torch.zeros(B, dtype=torch.long, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    nfe, ended = torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.bool)
     D, E = c.d_model, model.embedding
 
     def predict(start: Tensor, stop: Tensor, cells: Tensor, alpha: Tensor, delta: Tensor) -> Tensor:
@@ -757,12 +796,13 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
         while len(cells):
             logits = predict(start, stop, cells, alpha, delta)  # (N, V)
-            token, confidence, entropy = draw(logits, s, generator)
+            drawn = draw(logits, s, generator)
+            token, confidence, entropy = (x.cpu() for x in drawn)  # the only time that the host waits for the device
             masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
             if s.rule == "static" and s.certainty == "margin":  # p2 - p1 takes the entropy's place: the least of it goes first
                 doubt = [logits[rows].float().softmax(-1).topk(2).values.diff(dim=-1)[:, 0] for rows in row_chunks(*logits.shape)]
-                commit = choose(s, cells, confidence, torch.cat(doubt), quota, generator)
+                commit = choose(s, cells, confidence, torch.cat(doubt).cpu(), quota, generator)
             else:
                 commit = choose(s, cells, confidence, entropy, quota, generator)
             steps_left -= 1
@@ -770,14 +810,15 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             row, col = cells[:, 0], cells[:, 1]
             tokens[row[commit], col[commit]] = token[commit]
             committed = torch.zeros_like(fill).index_put_((row, col), commit)
-            shown = torch.zeros(B, T, device=device).index_put_((row, col), confidence)
-            cells = cells[~commit]
+            shown = torch.zeros(B, T).index_put_((row, col), confidence)
+            left = (~commit).nonzero()[:, 0]
+            cells, left = cells[left], left.to(device)
             alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)
             if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[~commit], E)  # only what is still masked will read it
-            carried = torch.zeros(B, T, device=device).index_put_((cells[:, 0], cells[:, 1]), alpha)
+                alpha, delta = residual(logits[left], E, drawn[2][left])  # only what is still masked will read it
+            carried = torch.zeros(B, T, device=device).index_put_(tuple(cells.to(device).T), alpha)
             if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end are done
-                drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids, device=device))
+                drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids))
                 ended |= drawn.any(dim=1)
                 tokens[ended[:, None] & fill & (block_of > j)] = c.pad_id
             yield Step(j // parts, tokens.clone(), committed, shown, carried, nfe.clone())
@@ -790,10 +831,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_new: int, sampler
     A block-causal model fills whole blocks, so its canvas is rounded up to one. Raises ValueError for a prompt that holds [MASK].
     """
     canvas, lengths = canvas_for(model.config, prompts, max_new, sampler.block_size)
-    device = model.embedding.device
     nfe = torch.zeros(len(prompts), dtype=torch.long)
     final = canvas
-    for step in denoise(model, canvas.to(device), sampler, residual, lengths=lengths, reference=reference, generator=generator):
+    for step in denoise(model, canvas, sampler, residual, lengths=lengths, reference=reference, generator=generator):
         final, nfe = step.tokens, step.nfe
     responses = []
     for row, prompt, length in zip(final.tolist(), prompts, lengths.tolist()):
@@ -902,7 +942,7 @@ class Trajectories:
             for r in row_chunks(len(rows), model.config.vocab_size):
                 logits = model.logits(rows[r])
                 _, confidence[r], entropy[r] = draw(logits.detach(), Sampler(), generator)
-                carried.append(residual(logits, E, grad=self.window > 1))
+                carried.append(residual(logits, E, entropy[r], grad=self.window > 1))
             for name, parts in zip(("alpha", "delta"), zip(*carried)):
                 s[name] = s[name].index_put(where, torch.cat(parts).to(s[name].dtype))
         with torch.no_grad():

@@ -15,6 +15,7 @@ of any that was not trained here, is text that appears as its blocks fill, with 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages (Linux): a step's (N, V) temporaries cost half of their time in page faults
 
 import argparse
 import codecs
@@ -244,6 +245,7 @@ class Options:
     limit: int = 200  # with --eval: the first so many canvases
     plot: str = ""  # with --eval: also draw the table into this file (PNG, SVG or PDF)
     seed: int = 1337  # of the examples and of every random draw
+    compile: bool = False  # torch.compile the models: a minute or so first, then quicker steps
     device: str = ""  # cuda | mps | cpu; default: the best one found
     dtype: str = ""  # bfloat16 | float16 | float32, of the matmuls; default: bfloat16 where the processor has it
 
@@ -665,6 +667,11 @@ def main() -> None:
         which = "the model's own weights, no reference of its shape is there" if control is loaded else f"the reference, {reference.folder}"
         print(f"SeqD runs on {which}", file=sys.stderr)
     warm = reference and reference.model
+    if o.compile:
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--compile needs a C++ compiler, and there is no g++ here: install it, or name another in the variable CXX")
+        for model in {loaded.model, control.model, warm} - {None}:
+            model.compile(dynamic=True)  # rows and windows vary from step to step: a graph for all widths, not one for each
 
     if o.eval:
         dataset = Puzzles.read(o.eval, loaded, task) if Path(o.eval).is_file() else data.load(o.eval)

@@ -184,6 +184,71 @@ def test_a_vocabulary_of_the_real_size_in_chunks(monkeypatch):
     assert delta[:, 0].tolist() == pytest.approx([0.5, 1 / V], rel=1e-4)
 
 
+@settings(max_examples=100)
+@given(tables(), st.integers(1, 9), st.floats(0.3, 3), st.booleans())
+def test_delta_of_the_likeliest_terms_and_its_bound(both, terms, t_res, temper_delta):
+    """Against an explicit sum over the k likeliest tokens; off the exact Delta by no more than 2 (1 - m) max |E_j|, m their mass."""
+    logits, table = both
+    alpha, delta = Residual(t_res=t_res, temper_delta=temper_delta, terms=terms)(logits, table)
+    exact_alpha, exact = Residual(t_res=t_res, temper_delta=temper_delta)(logits, table)
+    assert torch.equal(alpha, exact_alpha)  # alpha never is an approximation
+    if terms >= logits.shape[1]:
+        assert torch.equal(delta, exact)
+    p = (logits.double() / (t_res if temper_delta else 1)).softmax(-1)
+    longest = table.double().norm(dim=1).max()
+    for i, row in enumerate(p.tolist()):
+        order = sorted(range(len(row)), key=lambda j: -row[j])
+        mass = sum(row[j] for j in order[:terms])
+        assert (delta[i] - exact[i]).norm() <= 2 * (1 - mass) * longest + 1e-5
+        if terms >= len(row) or row[order[terms - 1]] > row[order[terms]]:  # which of two equals is left out is nobody's business
+            expected = sum(row[j] / mass * table[j].double() for j in order[:terms])
+            torch.testing.assert_close(delta[i].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_bound_can_be_met():
+    """All that is left out points the other way: the error is 2 (1 - m) max |E_j| exactly, so no smaller bound holds."""
+    p, table = torch.tensor([[0.5, 0.25, 0.15, 0.1]]), torch.tensor([[3.0], [3.0], [-3.0], [-3.0]])
+    gap = Residual(terms=2)(p.log(), table)[1] - Residual()(p.log(), table)[1]
+    assert gap.item() == pytest.approx(2 * 0.25 * 3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("terms", [0, 40])
+def test_delta_in_half_precision_is_summed_in_float32(terms, autocast):
+    """Thousands of equal contributions: summed in bfloat16 they would stop growing at 2^8 times the size of one."""
+    V = 4000
+    logits, table = torch.full((3, V), -INF), torch.ones(V, 2)
+    logits[:, : 3000 if terms == 0 else 40] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alpha, delta = Residual(terms=terms)(logits, table if autocast else table.bfloat16())
+    torch.testing.assert_close(delta.float(), torch.ones(3, 2), atol=0.005, rtol=0)
+    assert alpha.tolist() == pytest.approx([math.log(3000 if terms == 0 else 40) / math.log(V)] * 3, abs=1e-6)
+
+
+@settings(max_examples=100)
+@given(tables(), st.floats(0.01, 50))
+def test_entropy_against_its_definition(both, scale):
+    logits = both[0] * scale  # up to one-hot, and over a thousand
+    z, p = rcd.softmax(logits)
+    assert z.isfinite().all() and torch.equal(p, logits.softmax(-1))
+    for row, entropy in zip(logits.double().softmax(-1).tolist(), rcd.entropy_of(z, p).tolist()):
+        expected = -sum(q * math.log(q) for q in row if q > 0)
+        assert entropy >= 0 and entropy == pytest.approx(expected, abs=2e-6 * max(1, logits[logits > -INF].abs().max().item()))
+
+
+def test_an_entropy_is_never_negative():
+    z, p = rcd.softmax(30 * torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0)))  # rounding alone would go below 0
+    entropy, exact = rcd.entropy_of(z, p), torch.special.entr(z.double().softmax(-1)).sum(-1)
+    assert (entropy >= 0).all() and (entropy - exact).abs().max() < 1e-4
+
+
+def test_an_entropy_that_is_known_is_not_computed_again():
+    known = torch.tensor([math.log(2)])
+    for weight, expected in (("entropy", 0.5), ("1-entropy", 0.5), ("confidence", 0.5), ("one", 1.0)):
+        assert Residual(weight)(HALVES, E, known)[0].item() == pytest.approx(expected)
+    assert Residual(t_res=0.5)(HALVES, E, known)[0].item() == pytest.approx(0.6258145)  # it is of the untempered p
+
+
 def test_half_precision_tables_and_logits():
     generator = torch.Generator().manual_seed(1)
     logits, table = 2 * torch.randn(5, 9, generator=generator), torch.randn(9, 4, generator=generator)
@@ -217,7 +282,7 @@ def test_gradient_of_the_mix():
 @pytest.mark.parametrize("options, says", [
     (dict(weight="entropie"), "weight='entropie': choose from entropy, confidence"),
     (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"), (dict(t_res=INF), "t_res=inf"),
-    (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
+    (dict(terms=-1), "terms=-1"), (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
 ])  # fmt: skip
 def test_bad_choices(options, says):
     with pytest.raises(ValueError, match=says) as error:
