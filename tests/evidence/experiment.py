@@ -232,9 +232,9 @@ def infill(settings: list[Setting], dataset: data.Dataset, split: str, items: in
             writer = replace(s.sampler, temperature=1.0)
             for written in denoise(s.model, text.masked_fill(end, mask).to(device), writer, s.residual, reference=s.reference, generator=noise):  # noqa: B007
                 pass
-            judged = [diffusion_loss(judge, row[None], end[:1].to(device), t=torch.ones(1, 1, device=device)).item() for row in written.tokens]
-        correct = (((filled.tokens.cpu() == text) & half).sum(1) / half.sum(1)).tolist()
-        p = torch.bincount(written.tokens[end.to(device)].flatten()).float()
+            judged = [diffusion_loss(judge, row[None].to(device), end[:1].to(device), t=torch.ones(1, 1, device=device)).item() for row in written.tokens]
+        correct = (((filled.tokens == text) & half).sum(1) / half.sum(1)).tolist()
+        p = torch.bincount(written.tokens[end]).float()
         rows.append({
             "label": s.label, "rule": s.sampler.rule, "value": s.sampler.threshold if s.sampler.rule == "threshold" else s.sampler.steps,
             "accuracy": float(np.mean(correct)), "nfe": filled.nfe.float().mean().item(), "correct": correct,
