@@ -867,13 +867,12 @@ class Trajectories:
     starts cold, so the cold start is trained too; one that is full makes room for a new canvas. A block-causal model denoises all blocks
     side by side; the documents of a packed row are canvases side by side.
 
-    given: the part of the trajectories that start with some cells given, at a noise level t ~ U(0, 1), instead of all masked. window: that
-    many steps of each trajectory make one training step, and the gradient flows back through Delta within it; 1 = through none.
+    window: that many steps of each trajectory make one training step, and the gradient flows back through Delta within it; 1 = not at all.
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", packed: bool = False,
-                 given: float = 0.0, window: int = 1):  # fmt: skip
-        self.given, self.window = given, window
+                 window: int = 1):  # fmt: skip
+        self.window = window
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -908,10 +907,6 @@ class Trajectories:
                 s["segments"][empty] = segments
             s["tokens"][empty], s["response"][empty] = tokens, maskable(model.config, tokens, response, segments)
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
-            if self.given:
-                t = torch.rand(len(empty), 2, 1, generator=generator, device=device)
-                t = torch.where(t[:, 0] < self.given, t[:, 1], 1.0)  # (n, 1)
-                s["masked"][empty] &= torch.rand(len(empty), T, generator=generator, device=device) < t
 
         # Documents and blocks are named by their first cell, counted through the batch: (B, T) each.
         segments, cell = s.get("segments"), torch.arange(B * T, device=device).view(B, T)

@@ -53,11 +53,10 @@ class Train:
     data: str = "sudoku"  # data set: a folder under data/, or a folder that its prepare.py wrote (--out)
     name: str = ""  # the run is out/<name>/; default: the data set's name
     stage: str = "all"  # base | reference | target | all
-    recipe: str = "trajectory"  # how the target learns: trajectory (on its own denoising steps) | paper (Algorithm 1: the reference's residual) | earlier (the residual of its own earlier state)
-    absent: float = 0.0  # recipes paper and earlier: part of the rows that get no residual, so that a cold start is trained too
+    recipe: str = ""  # how the target learns: trajectory (on its own denoising steps; default below 64 tokens to fill) | earlier (on the residual of its own earlier state; default above) | paper (Algorithm 1: on the reference's residual)
+    absent: float = 0.0  # recipes paper and earlier: part of the rows without a residual, so that a cold start is trained too; earlier: 0.3
     pool: int = 8  # recipe trajectory: batches of trajectories that take turns, so that successive steps do not see the same canvases
     window: int = 1  # recipe trajectory: denoising steps that make a training step; the gradient flows back through them
-    given: float = 0.0  # recipe trajectory: part of the trajectories that start with cells given at random, not all masked
     init_from: str = ""  # start from this model instead of training a base: run folder, zoo name or hub folder
     reference: str = ""  # the frozen reference of stage 2 (implies --recipe=paper; small-to-large conversion); default: this run's stage 1
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
@@ -247,7 +246,7 @@ def train_stage(stage: str, o: Train, model: Transformer, dataset: "data.Dataset
         context = sometimes_absent(context, o.absent)
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
     own, packed = stage == "target" and o.recipe == "trajectory", dataset.segments("train") is not None
-    trajectories = [Trajectories(model.config, n, length, device, packed, o.given, o.window) for _ in range(o.pool) for n in rows] if own else []
+    trajectories = [Trajectories(model.config, n, length, device, packed, o.window) for _ in range(o.pool) for n in rows] if own else []
     state, log = State(model, o, device, trajectories), folder / "log.jsonl"
     # What must be equal for a resumed run to give the same weights: everything but where it runs and what it shows.
     free = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
@@ -356,9 +355,13 @@ def command(resume: bool = False) -> str:
 
 
 def implied(typed: dict) -> dict:
-    """Defaults that what was typed implies: a reference means the recipe that reads it, and a recipe has its weight of the residual."""
-    recipe = typed.get("recipe", "paper" if typed.get("reference") else Train.recipe)
-    return {"recipe": recipe, **WEIGHT.get(recipe, {})}
+    """Defaults that what was typed implies: a reference means the recipe that reads it, short canvases mean trajectories, and a recipe has
+    its weight of the residual. A trajectory is as many training steps as denoising steps, all on the same canvas: long ones see too few."""
+    if "recipe" not in typed:
+        response = data.load(typed.get("data", Train.data)).response("train")
+        short = response is not None and response[:1024].sum(1).mean() < 64
+        typed = {"recipe": "paper" if typed.get("reference") else "trajectory" if short else "earlier"}
+    return {"recipe": typed["recipe"], **WEIGHT.get(typed["recipe"], {}), "absent": 0.3 * (typed["recipe"] == "earlier")}
 
 
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
@@ -381,8 +384,8 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
     if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
         raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
-    if o.given > 1 or min(o.window, o.pool) < 1:
-        raise ValueError(f"given={o.given} is a part, at most 1; window={o.window} and pool={o.pool} are at least 1")
+    if min(o.window, o.pool) < 1:
+        raise ValueError(f"window={o.window} and pool={o.pool} must be at least 1")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
     if o.init_from and o.stage == "base":

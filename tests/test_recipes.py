@@ -74,7 +74,7 @@ def test_absent_rows_have_no_residual_and_the_others_keep_theirs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Trajectories: a window of steps, and starts with cells given
+# Trajectories: a window of steps
 
 
 def truth(B: int = 3, T: int = 8) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -121,21 +121,3 @@ def test_a_window_hands_its_last_residual_on_without_history(tiny):
     t = rcd.Trajectories(tiny().config, 3, 8, window=2)
     t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))
     assert not any(v.requires_grad for v in t.state.values()) and t.state["delta"].abs().sum() > 0
-
-
-def test_given_cells_at_the_start(tiny):
-    B = 3000
-    tokens, response, _ = truth(B, 10)
-    seen = []
-    model = tiny(n_layer=1)
-    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
-    for given in (0.0, 0.4):
-        t = rcd.Trajectories(model.config, B, 10, given=given)
-        t.loss(model, lambda n: (tokens, response, None), Residual(), torch.Generator().manual_seed(0))
-    everything, some = seen[0] == MASK, seen[1] == MASK
-    assert everything.all() and torch.equal(seen[1][~some], tokens[~some])
-    # 60 % start all masked, the others keep a uniform share: of 10 cells each count from 0 to 10 is as likely, 1/11
-    left = torch.bincount(some.sum(1), minlength=11) / B
-    expected = torch.full((11,), 0.4 / 11)
-    expected[10] += 0.6
-    assert (left - expected).abs().max() < 0.025
