@@ -145,12 +145,12 @@ def build(c: Config, dtype: torch.dtype = DTYPE, seed: int = 0) -> Transformer:
 # The rows ------------------------------------------------------------------------------------------------------------------------------
 
 
-def second_step(model: Transformer, masks: int, carry: str) -> float:
+def second_step(model: Transformer, masks: int, carry: str, terms: int = 0) -> float:
     """Seconds of the second step of a block of 64 of which so many positions were masked: the first that reads what another carried."""
     canvas = torch.zeros(1, 64, dtype=torch.long)
     canvas[:, -masks:] = model.config.mask_id
     with autocast(CPU, DTYPE):
-        steps = denoise(model, canvas, Sampler(carry=carry))
+        steps = denoise(model, canvas, Sampler(carry=carry), Residual(terms=terms))
         next(steps)
         return timed(next, steps)()
 
@@ -198,6 +198,7 @@ def batch(o: Bench) -> Iterator[Row]:
 
 
 STEPS = ("a GPT's step", "stage 1", "stage 2 (paper, same-size reference)", "stage 2 (trajectories)")
+BRIEFLY = tuple(f"{step}, Delta of 128 terms" for step in STEPS[2:])  # Residual.terms
 
 
 def learner(kinds: tuple[str, ...], c: Config, rows: int, length: int) -> list[Callable[[], float]]:
@@ -208,20 +209,21 @@ def learner(kinds: tuple[str, ...], c: Config, rows: int, length: int) -> list[C
     t = ((torch.arange(rows) + 0.5) / rows)[:, None]  # (B, 1)
     gpt = peers.GPT(c) if STEPS[0] in kinds else None
     model = build(c, torch.float32) if {*kinds} - {STEPS[0]} else None
-    context = reference_context(build(c, torch.float32, seed=1).requires_grad_(False), Residual()) if STEPS[2] in kinds else None
+    reference = build(c, seed=1).requires_grad_(False) if {STEPS[2], BRIEFLY[0]} & {*kinds} else None  # stored as the zoo's models are
     under_way = Trajectories(c, rows, length)
     optimizers = {net: torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True) for net in (gpt, model) if net is not None}
 
     def update(kind: str) -> None:
-        net = gpt if kind == STEPS[0] else model
+        net, residual = gpt if kind == STEPS[0] else model, Residual(terms=128 if kind in BRIEFLY else 0)
         with autocast(CPU, DTYPE), sdpa_kernel(SDPBackend.MATH):  # train.py's choice for short canvases
             if kind == STEPS[0]:
                 loss = gpt.loss(tokens)
-            elif kind == STEPS[3]:  # as many masks as elsewhere
+            elif kind in (STEPS[3], BRIEFLY[1]):  # as many masks as elsewhere
                 under_way.state["masked"] = under_way.state["response"] & (torch.rand(rows, length, generator=generator) < t)
-                loss = under_way.loss(model, lambda n: (tokens[:n], everything[:n]), Residual(), generator)
+                loss = under_way.loss(model, lambda n: (tokens[:n], everything[:n], None), residual, generator)
             else:
-                loss = diffusion_loss(model, tokens, context=context if kind == STEPS[2] else None, t=t, generator=generator)
+                context = reference_context(reference, residual) if kind in (STEPS[2], BRIEFLY[0]) else None
+                loss = diffusion_loss(model, tokens, context=context, t=t, generator=generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizers[net].step()
@@ -239,9 +241,10 @@ def train(o: Bench) -> Iterator[Row]:
     for V in (4096,) if o.quick else (4096, 151936):
         size = (gpt_shape(V, 4, 256), 4, 128) if o.quick else (gpt_shape(V, 8, 512), 8, 256)
         shape = f"V = {V:,}, {size[0].n_layer} layers of {size[0].d_model}, {size[1]} x {size[2]} tokens"
-        times = dict(zip(STEPS, interleave(learner(STEPS, *size), min(5, o.repeats))))
-        held = {} if o.quick else {kind: peak(two_updates, kind, *size) for kind in STEPS}  # a small process would hold little but torch
-        for a, b in zip(STEPS[1:], (*STEPS[:2], STEPS[1])):
+        kinds = STEPS + BRIEFLY * (V > 128 << 10)
+        times = dict(zip(kinds, interleave(learner(kinds, *size), min(5, o.repeats))))
+        held = {} if o.quick else {kind: peak(two_updates, kind, *size) for kind in kinds}  # a small process would hold little but torch
+        for a, b in zip(kinds[1:], (STEPS[0], *[STEPS[1]] * len(kinds))):
             most, most_memory = ("<= 1.35", "<= 1.1") if b == STEPS[1] else ("", "")
             yield compared("train", f"time of {a} / {b}, {shape}", times[a], times[b], most)
             if held:
@@ -297,10 +300,13 @@ def scale(o: Bench) -> Iterator[Row]:
         return model.logits(model(x, torch.arange(tokens)[None])[0, :64])
 
     logits = model.logits(torch.randn(63, c.d_model).to(DTYPE))  # (63, V), the rows of a second step
-    steps = [partial(second_step, model, 64, carry) for carry in ("residual", "none")]
-    rcd, seqd, alone, few, many = interleave([*steps, timed(Residual(), logits, model.embedding), timed(forward, 4), timed(forward, 512)], o.repeats)
+    steps = [partial(second_step, model, 64, *how) for how in (("residual",), ("none",), ("residual", 128))]
+    alone = [timed(Residual(weight="fixed", terms=terms), logits, model.embedding) for terms in (0, 128)]  # the draw knows the entropy
+    rcd, seqd, brief, whole, part, few, many = interleave([*steps, *alone, timed(forward, 4), timed(forward, 512)], o.repeats)
     yield compared("scale", f"RCD / SeqD, a step of {name}, block 64, batch 1", rcd, seqd, "<= 1.03")
-    yield compared("scale", f"the residual by itself / an RCD step of {name}", alone, rcd, "<= 0.03")
+    yield compared("scale", "the same, Delta of 128 terms", brief, seqd, "<= 1.03")
+    yield compared("scale", f"the residual by itself / an RCD step of {name}", whole, rcd, "<= 0.03")
+    yield compared("scale", "the same, Delta of 128 terms", part, brief, "<= 0.03")
 
     bytes_here, flops_here = bandwidth(), matmul_rate()
     e_bytes = costs.step_bytes(c, 4, 4, itemsize=DTYPE.itemsize) / bytes_here / np.median(few)

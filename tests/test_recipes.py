@@ -1,10 +1,14 @@
 """The recipes beside the paper's: what the model reads in stage 2, against direct computation."""
 
+import numpy as np
 import pytest
 import torch
 
 import rcd
+import train
+from data.common import write_dataset
 from rcd import Noised, Residual, earlier_context, sometimes_absent
+from zoo.tokenizer import CharTokenizer
 
 MASK = 11  # of the tiny models
 
@@ -121,3 +125,18 @@ def test_a_window_hands_its_last_residual_on_without_history(tiny):
     t = rcd.Trajectories(tiny().config, 3, 8, window=2)
     t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))
     assert not any(v.requires_grad for v in t.state.values()) and t.state["delta"].abs().sum() > 0
+
+
+def test_the_recipe_that_is_not_named(tmp_path):
+    tokenizer = CharTokenizer("ab", ["<eos>", "<mask>"])
+    stream = {split: np.zeros(200, np.uint16) for split in ("train", "val", "test")}
+    rows = {"short": 63, "long": 64}
+    examples = {n: {s: (np.zeros((2, 80), np.uint16), np.arange(80) < np.full((2, 1), k)) for s in stream} for n, k in rows.items()}
+    for name, splits in {"stream": stream, **examples}.items():
+        source = "shakespeare_char" if name == "stream" else "gsm8k"
+        write_dataset(tmp_path / name, source, tokenizer, splits, mask_id=3, eos_id=2, source="", licence="", argv=[], facts={})
+    for name, recipe in {"short": "trajectory", "long": "earlier", "stream": "earlier"}.items():
+        got = train.implied({"data": str(tmp_path / name)})
+        assert (got["recipe"], got["weight"], got["absent"]) == (recipe, "fixed", 0.3 if recipe == "earlier" else 0.0)
+    assert train.implied({"data": str(tmp_path / "short"), "reference": "x"}) == {"recipe": "paper", "weight": "entropy", "absent": 0.0}
+    assert train.implied({"recipe": "paper"})["weight"] == "entropy" and train.implied({"recipe": "earlier"})["absent"] == 0.3
