@@ -439,6 +439,8 @@ def main() -> None:
         stored, own = shape_of(reference, dataset.tokenizer)[1] if reference else 0, stage == "target" and o.recipe == "trajectory"
         return lambda rows, remat: memory(model, o, rows, remat, length, packed, stored, own, device, dtype)
 
+    if o.reference:
+        zoo.find(o.reference)  # raises if there is none, before hours are spent on the stages before it
     if o.init_from and tokenizer.load(zoo.find(o.init_from)).fingerprint != dataset.tokenizer.fingerprint:
         folder = zoo.find(o.init_from)
         raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={folder}")

@@ -522,7 +522,8 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
         (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
         (["--weight=heavy"], "weight='heavy': choose from entropy"),
         (["--t_per=token"], "t_per='token': choose from document, block"),
-        (["--reference=out/x"], "--reference is read by --recipe=paper"),
+        (["--reference=nowhere"], "no model 'nowhere'"),
+        (["--reference=out/x", "--recipe=trajectory"], "--reference is read by --recipe=paper"),
         (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
     ],
 )

@@ -93,7 +93,7 @@ EXPERIMENTS = {
         PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE, within=(6, 9, 13, 15, 20),
     ),
     "sums": Experiment(
-        "chain of thought: five running sums of six one-digit numbers; all of them must be right", "--data=sums",
+        "chain of thought: five running sums of six one-digit numbers; all of them must be right", "--data=sums --batch_size=64",
         PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE, steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
     ),
     "text": Experiment(
@@ -307,7 +307,7 @@ def table(curves: list[list[dict]]) -> list[str]:
 def plot(curves: list[list[dict]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), (("threshold", "confidence threshold"), ("static", "step budget"))):
         for k, rows in enumerate(curves):
             curve = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["nfe"])
@@ -320,7 +320,7 @@ def plot(curves: list[list[dict]], path: Path, title: str) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy in %")
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
