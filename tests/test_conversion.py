@@ -232,5 +232,5 @@ def test_documents_do_not_see_each_other(converted, stage):
 def test_the_conversion_samples(converted, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--model=chats/target", "--prompt=What is 2 plus 5?", "--max_new=8", "--device=cpu", "--plain"])
     sample.main()
-    told = re.search(r"(\d+) tokens, (\d+) NFE", capsys.readouterr().out)
+    told = re.search(r"(\d+) tokens, (\d+) NFE", capsys.readouterr().err)  # stdout is the text alone
     assert told and 8 <= int(told[1]) < 8 + 4 and 1 <= int(told[2]) <= int(told[1])  # whole blocks of 4

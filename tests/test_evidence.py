@@ -23,7 +23,7 @@ def test_every_experiment_names_runs_and_options_that_exist(name):
     cells = experiment.Cells(name, 1)
     e = cells.e
     for run in e.runs:
-        o, shape, residual = sample.arguments("", train.Train, train.Shape, rcd.Residual, argv=cells.command(run))
+        o, shape, residual = sample.arguments("", train.Train, train.Shape, rcd.Residual, argv=cells.command(run), presets=lambda _: {"recipe": "trajectory"})
         earlier = [cells.folder(r) for r in list(e.runs)[: list(e.runs).index(run)]]
         assert {o.init_from, o.reference} - {""} <= set(earlier)  # a run stands on runs that were made before it
         train.checked(o, shape, sample.pick_device("cpu", "")[0])
