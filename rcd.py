@@ -906,7 +906,8 @@ class Trajectories:
             tokens, response, segments = fresh(len(empty))
             if segments is not None:
                 s["segments"][empty] = segments
-            s["tokens"][empty], s["response"][empty] = tokens, maskable(model.config, tokens, response, segments)
+            s["tokens"] = s["tokens"].index_put((empty,), tokens)  # a copy: backward through a window needs the tokens of the steps before
+            s["response"][empty] = maskable(model.config, tokens, response, segments)
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
             if self.given:
                 t = torch.rand(len(empty), 2, 1, generator=generator, device=device)
