@@ -114,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys (after norm and rotation) and values by absolute position, exact for block-causal attention.
+    """Keys (after norm and rotation) and values by absolute position, exact for block-causal attention (for bidirectional see View).
 
     A forward *overwrites* the positions that it is given, so a block being denoised needs no special case: it is rewritten at every step,
     and for the last time, clean, by the first forward of the next block. Position -1 (padding on the left of a window) is a bin.
