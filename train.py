@@ -376,12 +376,12 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
             if isinstance(getattr(part, f.name), (int, float)) and getattr(part, f.name) < 0:
                 raise ValueError(f"{f.name}={getattr(part, f.name)} must not be negative")
     if o.reference and o.recipe != "paper":
-        raise ValueError("--reference is read by --recipe=paper; the trajectory recipe needs none")
+        raise ValueError(f"--reference is read by --recipe=paper; recipe={o.recipe} needs none")
     if not 1 <= o.accumulate <= o.batch_size:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
     if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
         raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
-    if o.given > 1 or min(o.window, o.pool) < 1:
+    if not 0 <= o.given <= 1 or min(o.window, o.pool) < 1:
         raise ValueError(f"given={o.given} is a part, at most 1; window={o.window} and pool={o.pool} are at least 1")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
@@ -439,6 +439,8 @@ def main() -> None:
     if o.init_from and tokenizer.load(zoo.find(o.init_from)).fingerprint != dataset.tokenizer.fingerprint:
         folder = zoo.find(o.init_from)
         raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={folder}")
+    if o.reference and "target" in stages and tokenizer.load(zoo.find(o.reference)).fingerprint != dataset.tokenizer.fingerprint:
+        raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {o.reference}")  # now, not after stage 1
     start = time.perf_counter()
     peak = matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share of that")
@@ -465,7 +467,8 @@ def main() -> None:
         train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, origin, device, dtype, peak, meta)
     if o.stage in ("target", "all") and dataset.check is not None and o.test_items and dataset.segments("test") is None:
         final_table(o, root, dataset, residual, device, dtype)
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} --steps=8")
+    show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"  # a text has more blocks than 8, a chat model no examples
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} {show}")
 
 
 def peak_memory(device: torch.device) -> str:

@@ -527,7 +527,11 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
         (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
         (["--weight=heavy"], "weight='heavy': choose from entropy"),
         (["--t_per=token"], "t_per='token': choose from document, block"),
-        (["--reference=out/x"], "--reference is read by --recipe=paper"),
+        (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper; recipe=earlier needs none"),
+        (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
+        (["--given=nan"], "given=nan is a part, at most 1"),
+        (["--given=2"], "given=2.0 is a part, at most 1"),
+        (["--pool=0"], "pool=0 are at least 1"),
         (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
     ],
 )
@@ -538,6 +542,13 @@ def test_bad_input_is_one_line_and_exit_code_2(options, words, puzzles, tmp_path
     assert done.returncode == 2 and words in last and "Traceback" not in done.stderr
     assert re.match(r"(train\.py: )?error: ", last)
     assert not list(tmp_path.glob("out/*/*/*.safetensors"))
+
+
+def test_the_last_line_names_a_command_that_works(run, packed, capsys):
+    run("--name=x", "--stage=base", "--base_steps=1")
+    run(f"--data={packed}", "--name=y", "--stage=base", "--base_steps=1")  # text: no examples to draw, and more blocks than 8
+    told = [line.partition("try: ")[2] for line in capsys.readouterr().out.splitlines() if "try: " in line]
+    assert told == ["python sample.py --model=out/x/base --steps=8", "python sample.py --model=out/y/base --prompt=TEXT"]
 
 
 def test_a_run_is_not_overwritten_by_accident(run):
