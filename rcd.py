@@ -114,7 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys (after norm and rotation) and values by absolute position, exact for block-causal attention.
+    """Keys (after norm and rotation) and values by absolute position, exact for block-causal attention (for bidirectional see View).
 
     A forward *overwrites* the positions that it is given, so a block being denoised needs no special case: it is rewritten at every step,
     and for the last time, clean, by the first forward of the next block. Position -1 (padding on the left of a window) is a bin.
@@ -311,7 +311,7 @@ def noisy_clean_mask(positions: Tensor, block_size: int) -> Tensor:
     block = positions // block_size  # (B, T)
     q, k = block[:, :, None], block[:, None, :]  # (B, T, 1), (B, 1, T)
     noisy = torch.cat([q == k, k < q], dim=2)  # (B, T, 2T)
-    clean = torch.cat([torch.zeros_like(q == k), k <= q], dim=2)  # (B, T, 2T)
+    clean = torch.cat([torch.zeros_like(q == k), block_causal_mask(positions, positions, block_size)], dim=2)  # (B, T, 2T)
     return torch.cat([noisy, clean], dim=1)
 
 
@@ -905,7 +905,8 @@ class Trajectories:
             tokens, response, segments = fresh(len(empty))
             if segments is not None:
                 s["segments"][empty] = segments
-            s["tokens"][empty], s["response"][empty] = tokens, maskable(model.config, tokens, response, segments)
+            s["tokens"] = s["tokens"].index_put((empty,), tokens)  # a copy: backward through a window needs the tokens of the steps before
+            s["response"][empty] = maskable(model.config, tokens, response, segments)
             s["masked"][empty], s["alpha"][empty] = s["response"][empty], 0.0
 
         # Documents and blocks are named by their first cell, counted through the batch: (B, T) each.

@@ -146,7 +146,7 @@ def evaluate(settings: list[Setting], dataset: "data.Dataset", split: str, limit
         generator = torch.Generator(device).manual_seed(seed)
         for i in range(0, len(solutions), batch):
             tokens, fill = solutions[i : i + batch], response[i : i + batch]
-            canvas = tokens.masked_fill(fill, model.config.mask_id).to(device)
+            canvas = tokens.masked_fill(fill, model.config.mask_id)
             with autocast(device, dtype):
                 for step in denoise(model, canvas, sampler, residual, reference=reference, generator=generator):  # noqa: B007
                     pass
@@ -620,7 +620,7 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
         traces.append([Trace(name, loaded, ids[:n]) for name, ids, n in zip(names, canvas.tolist(), lengths.tolist())])
     for start in range(0, len(canvas), o.batch_size):
         rows = slice(start, start + o.batch_size)
-        runs = [denoise(s.model, canvas[rows].to(device), s.sampler, s.residual, lengths=lengths[rows], reference=s.reference,
+        runs = [denoise(s.model, canvas[rows], s.sampler, s.residual, lengths=lengths[rows], reference=s.reference,
                         generator=torch.Generator(device).manual_seed(o.seed + start)) for s in settings]  # fmt: skip
         view = (Stream(traces[0][rows], len(canvas) == 1) if stream else
                 Terminal([t[start] for t in traces], task.layout, plain, settings[0].sampler.steps))  # fmt: skip

@@ -81,7 +81,7 @@ class Train:
     ema: float = 0.0  # keep and save an exponential moving average of the weights with this decay; 0 = none
     eval_every: int = 0  # steps between validations
     eval_items: int = 128  # validation canvases for the accuracy during training
-    test_items: int = 500  # test canvases of the final table; 0 = no table
+    test_items: int = 500  # test canvases of the final table, 16 where 64 tokens or more are to fill; 0 = no table
 
 
 @dataclass
@@ -357,11 +357,10 @@ def command(resume: bool = False) -> str:
 def implied(typed: dict) -> dict:
     """Defaults that what was typed implies: a reference means the recipe that reads it, short canvases mean trajectories, and a recipe has
     its weight of the residual. A trajectory is as many training steps as denoising steps, all on the same canvas: long ones see too few."""
-    if "recipe" not in typed:
-        response = data.load(typed.get("data", Train.data)).response("train")
-        short = response is not None and response[:1024].sum(1).mean() < 64
-        typed = {"recipe": "paper" if typed.get("reference") else "trajectory" if short else "earlier"}
-    return {"recipe": typed["recipe"], **WEIGHT.get(typed["recipe"], {}), "absent": 0.3 * (typed["recipe"] == "earlier")}
+    response = data.load(typed.get("data", Train.data)).response("train")
+    short = response is not None and response[:1024].sum(1).mean() < 64
+    recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
+    return {"recipe": recipe, **WEIGHT.get(recipe, {}), "absent": 0.3 * (recipe == "earlier"), "test_items": 500 if short else 16}
 
 
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
@@ -376,16 +375,20 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         for f in fields(part):
             if f.name in preset and not getattr(part, f.name):
                 setattr(part, f.name, preset[f.name])
-            if isinstance(getattr(part, f.name), (int, float)) and getattr(part, f.name) < 0:
+            if isinstance(getattr(part, f.name), (int, float)) and not getattr(part, f.name) >= 0:
                 raise ValueError(f"{f.name}={getattr(part, f.name)} must not be negative")
     if o.reference and o.recipe != "paper":
-        raise ValueError("--reference is read by --recipe=paper; the trajectory recipe needs none")
+        raise ValueError(f"--reference is read by --recipe=paper; recipe={o.recipe} needs none")
     if not 1 <= o.accumulate <= o.batch_size:
         raise ValueError(f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}")
     if not 0 <= o.absent < 1 or (o.absent and o.recipe == "trajectory"):
         raise ValueError(f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all start without a residual")
     if min(o.window, o.pool) < 1:
         raise ValueError(f"window={o.window} and pool={o.pool} must be at least 1")
+    if o.window > 1 and o.recipe != "trajectory":
+        raise ValueError(f"--window is read by --recipe=trajectory, not by {o.recipe}")
+    if o.t_per == "block" and not (shape.block_size or o.init_from):
+        raise ValueError("--t_per=block needs a block-causal model: --block_size=b")
     if o.dtype == "float16":
         raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
     if o.init_from and o.stage == "base":
@@ -439,11 +442,11 @@ def main() -> None:
         stored, own = shape_of(reference, dataset.tokenizer)[1] if reference else 0, stage == "target" and o.recipe == "trajectory"
         return lambda rows, remat: memory(model, o, rows, remat, length, packed, stored, own, device, dtype)
 
-    if o.reference:
-        zoo.find(o.reference)  # raises if there is none, before hours are spent on the stages before it
     if o.init_from and tokenizer.load(zoo.find(o.init_from)).fingerprint != dataset.tokenizer.fingerprint:
         folder = zoo.find(o.init_from)
         raise ValueError(f"data set {dataset.name} is not in the tokens of {o.init_from}: prepare it again with --tokenizer={folder}")
+    if o.reference and "target" in stages and tokenizer.load(zoo.find(o.reference)).fingerprint != dataset.tokenizer.fingerprint:
+        raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {o.reference}")  # now, not after stage 1
     start = time.perf_counter()
     peak = matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share of that")
@@ -470,7 +473,8 @@ def main() -> None:
         train_stage(stage, o, model, dataset, root / stage, length, residual, frozen, origin, device, dtype, peak, meta)
     if o.stage in ("target", "all") and dataset.check is not None and o.test_items and dataset.segments("test") is None:
         final_table(o, root, dataset, residual, device, dtype)
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} --steps=8")
+    show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"  # a text has more blocks than 8, a chat model no examples
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={root / stages[-1]} {show}")
 
 
 def peak_memory(device: torch.device) -> str:

@@ -414,6 +414,11 @@ def test_memory_by_hand(monkeypatch):
     c.block_size = 4  # [noisy | clean]
     assert need()["attention mask"] == 3 * 10 * 10 and need()["activations"] == 2 * (2 * x + 9000)
     state = 8 * 3 * (5 * (8 + 1 + 1 + 4 + 8 * 4) + 8 + 4)  # a pool of 8 batches; a trajectory has tokens, response, masked, alpha, Delta; left, threshold
+    one = budget.memory(on_meta(c), o, 3, False, 5, False, 0, True, CPU, torch.float32)
+    o.window = 3  # steps whose activations backward needs together; the residuals of all but the last come from logits that are kept
+    many = budget.memory(on_meta(c), o, 3, False, 5, False, 0, True, CPU, torch.float32)
+    assert many["activations"] == 3 * one["activations"] and many["logits"] - one["logits"] == 2 * 3 * 15 * 10 * 4
+    o.window = 1
     assert need(own=True)["trajectories"] == state and need(own=True, packed=True)["trajectories"] == state + 8 * 3 * 5 * 8
 
 
@@ -522,8 +527,9 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
         (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
         (["--weight=heavy"], "weight='heavy': choose from entropy"),
         (["--t_per=token"], "t_per='token': choose from document, block"),
-        (["--reference=nowhere"], "no model 'nowhere'"),
-        (["--reference=out/x", "--recipe=trajectory"], "--reference is read by --recipe=paper"),
+        (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
+        (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
+        (["--pool=0"], "pool=0 must be at least 1"),
         (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
     ],
 )
@@ -534,6 +540,13 @@ def test_bad_input_is_one_line_and_exit_code_2(options, words, puzzles, tmp_path
     assert done.returncode == 2 and words in last and "Traceback" not in done.stderr
     assert re.match(r"(train\.py: )?error: ", last)
     assert not list(tmp_path.glob("out/*/*/*.safetensors"))
+
+
+def test_the_last_line_names_a_command_that_works(run, packed, capsys):
+    run("--name=x", "--stage=base", "--base_steps=1")
+    run(f"--data={packed}", "--name=y", "--stage=base", "--base_steps=1")  # text: no examples to draw, and more blocks than 8
+    told = [line.partition("try: ")[2] for line in capsys.readouterr().out.splitlines() if "try: " in line]
+    assert told == ["python sample.py --model=out/x/base --steps=8", "python sample.py --model=out/y/base --prompt=TEXT"]
 
 
 def test_a_run_is_not_overwritten_by_accident(run):
