@@ -569,7 +569,8 @@ class Sampler:
     sub_block: int = 0  # fill each block in parts of so many tokens, left to right; 0 = in one (Fast-dLLM v2: 8 of 32)
     certainty: str = "confidence"  # what rule=static takes most of: confidence | entropy (least of it) | margin (p1 - p2) (Dream's alg)
     carry: str = "residual"  # residual (RCD) | none (SeqD: sequential denoising, discarded predictions are thrown away)
-    start: str = "cold"  # a block's first residual: cold (none) | warm (the reference) | self (one more forward) | dirichlet (random p)
+    start: str = "cold"  # a block's first residual: cold (none) | warm (the reference) | self (its own) | dirichlet (random p)
+    think: int = 1  # forward passes of start=self: each reads the residual of the one before, none commits
     temperature: float = 0.0  # of the draw; 0 = argmax. Confidence always comes from the untempered, unfiltered distribution
     top_k: int = 0  # draw among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (looked for among the 1,024 likeliest)
@@ -585,6 +586,8 @@ class Sampler:
         for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
+        if self.think < 1:
+            raise ValueError(f"think={self.think} must be at least 1; choose start=cold for no pass before the first commit")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.threshold <= 1:
@@ -599,7 +602,7 @@ class Step(NamedTuple):
     committed: Tensor  # bool: fixed by this step
     confidence: Tensor  # untempered probability of the drawn token where this step looked, else 0
     alpha: Tensor  # weight of the residual that a still masked position hands to the next step, else 0
-    nfe: Tensor  # forward passes so far, of every row: a warm or self start costs one, guidance doubles
+    nfe: Tensor  # forward passes so far, of every row: a warm start costs one, a self start `think`, guidance doubles
 
 
 class View:
@@ -788,7 +791,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             none = reference.embedding.new_zeros(len(cells), reference.config.d_model)
             alpha, delta = residual(warm.logits(start, stop, cells, alpha, none), E)
         elif begin == "self" and len(cells):
-            alpha, delta = residual(predict(start, stop, cells, alpha, delta), E)
+            for _ in range(s.think):
+                alpha, delta = residual(predict(start, stop, cells, alpha, delta), E)
         elif begin == "dirichlet":
             race = torch.empty(len(cells), c.vocab_size, device=device).exponential_(generator=generator)  # normalised: Dirichlet(1, ..., 1)
             race[:, c.mask_id], race[:, c.real_vocab or c.vocab_size :] = 0, 0

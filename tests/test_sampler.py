@@ -116,8 +116,10 @@ def algorithm_2(model, canvas, s, r, reference=None, shares=None):
             z, nfe = predict(reference, {}, stop), nfe + 1
             state = {i: residual(z[i]) for i in cells}
         if s.carry == "residual" and s.start == "self":
-            z, nfe = predict(model, {}, stop), nfe + (2 if s.guidance else 1)
-            state = {i: residual(z[i]) for i in cells}
+            for _ in range(s.think):
+                soft = {i: ((1 - a) * E[c.mask_id] + a * d).float() for i, (a, d) in state.items()}
+                z, nfe = predict(model, soft, stop), nfe + (2 if s.guidance else 1)
+                state = {i: residual(z[i]) for i in cells}
         left, step = list(cells), 0
         while left:
             soft = {}
@@ -189,6 +191,7 @@ CHOICES = {
     "left-to-right": (Sampler(rule="left-to-right"), Residual()),
     "warm": (Sampler(rule="threshold", threshold=0.6, start="warm"), Residual()),
     "self": (Sampler(rule="threshold", threshold=0.6, start="self"), Residual()),
+    "thinking": (Sampler(rule="threshold", threshold=0.6, start="self", think=3), Residual()),
     "t_res": (Sampler(start="warm"), Residual(t_res=0.7)),
     "temper_delta": (Sampler(start="warm"), Residual(t_res=0.7, temper_delta=True)),
     "guidance": (Sampler(guidance=0.8), Residual()),
@@ -450,7 +453,7 @@ def runs(draw):
         start=draw(st.sampled_from(rcd.STARTS)), temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 5.0])),
         top_k=draw(st.sampled_from([0, 1, 3, 50])), top_p=draw(st.sampled_from([1.0, 0.9, 0.3, 1e-6])),
         guidance=draw(st.sampled_from([0.0, 0.0, 0.7])), certainty=draw(st.sampled_from(["confidence", "entropy", "margin"])),
-        sub_block=0 if steps else draw(st.sampled_from([0, 0, 3])),
+        think=draw(st.sampled_from([1, 1, 3])), sub_block=0 if steps else draw(st.sampled_from([0, 0, 3])),
         cache="exact" if "blocks" in kind else draw(st.sampled_from(["exact", "prefix", "dual"])),
     )  # fmt: skip
     terms = draw(st.sampled_from([0, 0, 3]))
@@ -504,7 +507,7 @@ def test_invariants(tiny, run):
             spent = step.nfe - nfe
             assert (spent[~working] == 0).all()  # a row that is done costs nothing more
             cost = 2 if s.guidance else 1
-            opening = s.carry == "residual" and {"warm": 1, "self": cost}.get(s.start, 0)
+            opening = s.carry == "residual" and {"warm": 1, "self": s.think * cost}.get(s.start, 0)
             assert all(spend in (cost, cost + opening) for spend in spent[working].tolist())
             nfe, tokens = step.nfe, step.tokens
     assert torch.equal(canvas, original)  # the caller's tensor is the caller's

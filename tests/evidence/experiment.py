@@ -64,6 +64,7 @@ class Experiment:
 PLAIN = {"base": "--stage=base", "seqd": "--stage=reference --init_from={base}"}
 BEST, LETTER = "--stage=target --init_from={base}", "--stage=target --recipe=paper --init_from={base} --reference={seqd}"
 SEQD = Curve("SeqD", "seqd", {"carry": "none"})
+SELF = Curve("RCD, self start", "rcd", {"start": "self"})
 HEADLINE = [SEQD, Curve("RCD", "rcd"), Curve("by the letter, cold", "letter"), Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd")]
 
 
@@ -86,15 +87,15 @@ EXPERIMENTS = {
     "sudoku": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right", "--data=sudoku",
         PLAIN | {"rcd": BEST, "letter": LETTER, "seqd-more": "--stage=reference --init_from={base} --steps=1120"},
-        [*HEADLINE, Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"})],
+        [*HEADLINE, SELF, Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"})],
     ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
-        PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE, within=(6, 9, 13, 15, 20),
+        PLAIN | {"rcd": BEST, "letter": LETTER}, [*HEADLINE, SELF], within=(6, 9, 13, 15, 20),
     ),
     "sums": Experiment(
         "chain of thought: five running sums of six one-digit numbers; all of them must be right", "--data=sums --batch_size=64",
-        PLAIN | {"rcd": BEST, "letter": LETTER}, HEADLINE, steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
+        PLAIN | {"rcd": BEST, "letter": LETTER}, [*HEADLINE, SELF], steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
     ),
     "text": Experiment(
         "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 (writing, temperature 1)",
