@@ -496,7 +496,8 @@ def final_table(o: Train, root: Path, dataset: "data.Dataset", residual: Residua
     warm = reference if o.recipe == "paper" else None  # a target that never saw a reference's residual has no use for a warm start
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     blocks = -(-dataset.meta["length"] // (target.config.block_size or dataset.meta["length"]))
-    settings = sweep(seqd, target, warm, Sampler(), residual, tokens, thresholds=[0.5, 0.7, 0.85, 0.95, 0.99], blocks=blocks)
+    start = "self" if o.recipe == "trajectory" else "cold"  # beside the cold one: whose first residual a trajectory knows
+    settings = sweep(seqd, target, warm, Sampler(start=start), residual, tokens, thresholds=[0.5, 0.7, 0.85, 0.95, 0.99], blocks=blocks)
     rows = evaluate(settings, dataset, "test", o.test_items, o.batch_size, dtype, o.seed)
     write_atomic(root / "table.json", lambda path: path.write_text(json.dumps({"command": command(), "seed": o.seed, "rows": rows}) + "\n"))
     print(table(rows))

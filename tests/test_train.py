@@ -108,7 +108,7 @@ def test_the_main_job(run, capsys):
     # the reference and the target start from the base, and are no longer it, nor each other
     assert not any(same(Path("out/job") / a, Path("out/job") / b) for a, b in (("base", "reference"), ("base", "target"), ("reference", "target")))
     rows = json.loads(Path("out/job/table.json").read_text())["rows"]
-    assert {r["label"] for r in rows} == {"SeqD", "RCD (cold)"} and all(len(r["correct"]) == 3 for r in rows)
+    assert {r["label"] for r in rows} == {"SeqD", "RCD (cold)", "RCD (self)"} and all(len(r["correct"]) == 3 for r in rows)
     assert out.count("\n| SeqD") == sum(r["label"] == "SeqD" for r in rows) and "peak memory" in out and "device cpu (asked for)" in out
 
 
