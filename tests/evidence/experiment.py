@@ -44,6 +44,7 @@ class Curve:
     sampler: dict = field(default_factory=dict)  # Sampler fields other than the commit rule's
     residual: dict = field(default_factory=dict)  # Residual fields other than those it was trained with
     reference: str = ""  # the run that warms the start up
+    more: tuple[int, ...] = ()  # further step budgets, which the summary counts and the table leaves out
     fit: tuple[str, tuple] = ()  # (Residual field, values): the value with the best validation accuracy over the thresholds is taken
 
 
@@ -87,7 +88,8 @@ EXPERIMENTS = {
     "sudoku": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right", "--data=sudoku",
         PLAIN | {"rcd": BEST, "letter": LETTER, "seqd-more": "--stage=reference --init_from={base} --steps=1120"},
-        [*HEADLINE, SELF, Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"})],
+        [replace(SEQD, more=(3, 5, 7)), replace(HEADLINE[1], more=(3, 5, 7)), *HEADLINE[2:], SELF,
+         Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=(3, 5, 7))],
     ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
@@ -190,12 +192,13 @@ class Cells:
         trained = {k: v for k, v in loaded.meta.get("residual", {}).items()}
         ways = [Sampler(rule="static", steps=k, **c.sampler) for k in self.e.steps]
         ways += [Sampler(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
+        ways += [Sampler(rule="static", steps=k, **c.sampler) for k in c.more]
         return [Setting(c.label, loaded.model, reference and reference.model, way, Residual(**trained | c.residual | residual)) for way in ways]
 
     def curve(self, c: Curve) -> list[dict]:
         """Its rows, from its file if that was made of the same settings."""
         path = ROOT / "out" / self.name / f"{re.sub('[^a-zA-Z0-9.]+', '-', c.label)}-{self.seed}.json"
-        made_of = json.loads(json.dumps([asdict(c), self.e.steps, self.e.thresholds, self.e.items]))
+        made_of = json.loads(json.dumps([{k: v for k, v in asdict(c).items() if v != ()}, self.e.steps, self.e.thresholds, self.e.items]))
         if path.is_file() and (stored := json.loads(path.read_text()))["made_of"] == made_of:
             return stored["rows"]
         dataset, fitted = data.load(self.model(c.run).meta["data"]), {}
