@@ -80,7 +80,7 @@ def tiny_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = f"--data={data_folder} --batch_size=4 --n_layer=1 --n_head=1 --d_model=32 --base_steps=2 --steps=2 --device=cpu --dtype=float32"
     trial = experiment.EXPERIMENTS["sudoku"]
-    trial = dataclasses.replace(trial, options=size, steps=(1, 2), thresholds=(0.5,), items=6, curves=trial.curves[:2], runs={k: trial.runs[k] for k in ("base", "seqd", "rcd")})
+    trial = dataclasses.replace(trial, options=size, steps=(1, 2), thresholds=(0.5,), items=6, curves=[dataclasses.replace(c, more=()) for c in trial.curves[:2]], runs={k: trial.runs[k] for k in ("base", "seqd", "rcd")})
     fitted = experiment.Curve("fitted", "rcd", fit=("t_res", (0.5, 2.0)))
     monkeypatch.setitem(experiment.EXPERIMENTS, "trial", dataclasses.replace(trial, curves=[*trial.curves, fitted]))
     calls = []
