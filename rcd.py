@@ -444,10 +444,7 @@ class Noised(NamedTuple):
     x: Tensor  # (B, T) ids with masks
     where: tuple[Tensor, Tensor]  # the N masked cells: (row, column)
     segments: Tensor | None  # (B, T) document numbers of packed rows
-
-    def coin(self) -> Tensor:
-        """(B, 1): one more uniform draw per row; the sum of uniforms modulo 1 is uniform, and independent of all but one of them together."""
-        return (self.noise.double().sum(1, keepdim=True) % 1).to(self.noise.dtype)
+    coins: Tensor  # (B, 2) two more uniform draws of every row: how much earlier a residual is, and whether it is absent
 
 
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]  # -> alpha (N,), Delta (N, D) for the model's masked cells
@@ -477,7 +474,7 @@ def earlier_context(residual: Residual) -> Context:
     """
 
     def context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
-        t = n.t + (1 - n.t) * n.coin()  # the same noise at a larger t masks a superset
+        t = n.t + (1 - n.t) * n.coins[:, :1]  # the same noise at a larger t masks a superset
         x, _ = mask_tokens(n.tokens, n.response, t, n.noise, model.config.mask_id)
         return residual_of(model, model.embed(x), n.tokens, n.where, residual, model.embedding, n.segments)
 
@@ -489,7 +486,7 @@ def sometimes_absent(context: Context, probability: float) -> Context:
 
     def thinned(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         alpha, delta = context(model, n)
-        return alpha * (n.coin()[n.where[0], 0] >= probability), delta
+        return alpha * (n.coins[n.where[0], 1] >= probability), delta
 
     return thinned
 
@@ -527,7 +524,8 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
     noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
     x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)
     where = masked.nonzero(as_tuple=True)  # the N masked cells
-    n = Noised(tokens, response, t, noise, x, where, segments)
+    coins = torch.rand(len(tokens), 2, generator=generator, device=tokens.device)
+    n = Noised(tokens, response, t, noise, x, where, segments, coins)
 
     e = model.embed(x)  # (B, T, D)
     if context is not None:

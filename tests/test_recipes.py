@@ -18,17 +18,22 @@ def noised(B: int = 6, T: int = 10, t: float = 0.4, seed: int = 0) -> Noised:
     tokens, response = torch.randint(MASK, (B, T), generator=g), torch.rand(B, T, generator=g) < 0.8
     noise, level = torch.rand(B, T, generator=g), torch.full((B, 1), t)
     x, masked = rcd.mask_tokens(tokens, response, level, noise, MASK)
-    return Noised(tokens, response, level, noise, x, masked.nonzero(as_tuple=True), None)
+    return Noised(tokens, response, level, noise, x, masked.nonzero(as_tuple=True), None, torch.rand(B, 2, generator=g))
 
 
-def test_the_coin_is_uniform_and_knows_nothing_of_the_masks():
-    n = noised(B=20_000)
-    coin = n.coin()
-    assert coin.shape == (20_000, 1)
-    share = torch.histc(coin, 10, 0, 1) / 20_000
-    assert (share - 0.1).abs().max() < 0.01  # 4.7 standard deviations
-    masks = torch.stack([coin[:, 0], *(n.noise < n.t).float().T, (n.noise < n.t).float().sum(1)])  # (12, B)
-    assert torch.corrcoef(masks)[0, 1:].abs().max() < 0.035
+def test_the_coins_of_a_batch_are_uniform_and_know_nothing_of_each_other_or_of_the_masks(tiny):
+    """A residual's absence must not decide from how much earlier a state the others come: each has a draw of its own."""
+    seen, model, B = [], tiny(n_layer=1), 4000
+
+    def watch(model, n):
+        seen.append(n)
+        return torch.zeros(len(n.where[0])), torch.zeros(len(n.where[0]), 16)
+
+    rcd.diffusion_loss(model, torch.zeros(B, 6, dtype=torch.long), context=watch, generator=torch.Generator().manual_seed(0))
+    coins = seen[0].coins
+    assert coins.shape == (B, 2) and ((torch.histc(coins, 10, 0, 1) / (2 * B) - 0.1).abs() < 0.014).all()
+    together = torch.stack([*coins.T, seen[0].t[:, 0], *seen[0].noise.T])
+    assert (torch.corrcoef(together)[:2] - torch.eye(9)[:2]).abs().max() < 0.07  # 4.4 standard deviations
 
 
 @pytest.mark.parametrize("block_size", [0, 5])

@@ -165,14 +165,19 @@ class Cells:
         self.device, self.dtype, _ = pick_device("", "")
         self.models = {}
 
+    def run(self, run: str) -> str:
+        """Name of a run; one with a seed of its own is the same for all seeds, and is made once."""
+        own = re.search(r"--seed=(\d+)", self.e.runs[run])
+        return f"{self.name}/{run}-{own[1] if own else self.seed}"
+
     def folder(self, run: str) -> str:
-        """Name of a run's model, as train.py and zoo.load take it."""
-        return f"{self.name}/{run}-{self.seed}/{re.search('--stage=([a-z]+)', self.e.runs[run])[1]}"
+        """Name of its model, as train.py and zoo.load take it."""
+        return f"{self.run(run)}/{re.search('--stage=([a-z]+)', self.e.runs[run])[1]}"
 
     def command(self, run: str) -> list[str]:
         options = self.e.runs[run].format(**{r: self.folder(r) for r in self.e.runs})
         seed = [] if "--seed" in options else [f"--seed={self.seed}"]
-        return [*self.e.options.split(), *options.split(), *seed, f"--name={self.name}/{run}-{self.seed}", "--test_items=0", "--eval_items=0"]
+        return [*self.e.options.split(), *options.split(), *seed, f"--name={self.run(run)}", "--test_items=0", "--eval_items=0"]
 
     def train(self, run: str) -> None:
         if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
@@ -213,7 +218,7 @@ class Cells:
         score = infill if self.e.judge else evaluate
         extra = (self.model(self.e.judge).model,) if self.e.judge else ()
         rows = score(self.settings(c, fitted), dataset, "test", self.e.items, 250, self.dtype, self.seed, *extra)
-        rows = [r | fitted for r in rows]
+        rows = [r | {"fitted": fitted} if fitted else r for r in rows]
         write_atomic(path, lambda temporary: temporary.write_text(json.dumps({"made_of": made_of, "rows": rows}) + "\n"))
         return rows
 
@@ -270,7 +275,7 @@ def merge(seeds: list[list[dict]]) -> list[dict]:
             judge = np.array([r["judge"] for r in group])
             row |= {"judge": float(judge.mean()), "judge_interval": bootstrap(judge), "judge_by_seed": judge.mean(1).round(4).tolist()}
             row |= {k: float(np.mean([r[k] for r in group])) for k in ("entropy", "written_nfe")}
-        rows.append(row | ({"fitted": [r["t_res"] for r in group]} if "t_res" in first else {}))
+        rows.append(row | ({"fitted": [r["fitted"] for r in group]} if "fitted" in first else {}))
     return rows
 
 
@@ -352,8 +357,8 @@ def main() -> None:
     curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
     facts = {"about": e.about, "command": f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}", "items": e.items, "torch": torch.__version__}
     text = [f"# {o.name}: {e.about}", "", f"`{facts['command']}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", "",
-            *summary(curves, e.within), "", *table(curves), "", *(f"- {'-'.join(map(str, r['fitted']))}: fitted on validation canvases, by seed" for r in curves[-1][:1] if "fitted" in r)]  # fmt: skip
-    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": commands, "curves": curves}, indent=1) + "\n"))
+            *summary(curves, e.within), "", *table(curves), "", *(f"{c[0]['label']}: {', '.join(map(str, c[0]['fitted']))}, by seed" for c in curves if "fitted" in c[0])]  # fmt: skip
+    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": list(dict.fromkeys(commands)), "curves": curves}, indent=1) + "\n"))
     write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
     plot(curves, HERE / f"{o.name}.png", e.about)
     print("\n".join(text))
