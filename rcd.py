@@ -17,6 +17,7 @@ Shapes: B batch, T canvas length, b block length, D width, V vocabulary, H heads
 masked ones): lm_head, softmax, entropy and p.E never run on any other row.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -364,13 +365,18 @@ class Residual:
         if self.terms < 0:
             raise ValueError(f"terms={self.terms} must not be negative")
 
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether the entropy of softmax(logits) is what alpha is made of, so that a draw which computes it saves the residual work."""
+        return self.weight in ("entropy", "1-entropy") and self.t_res == 1
+
     def __call__(self, logits: Tensor, embedding: Tensor, entropy: Tensor | None = None, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Eq. 1 and 3: logits (N, V), embedding E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype.
 
-        grad lets the gradient through Delta; never through alpha (the entropy's is infinite where p = 0).
+        entropy (N,), optional: that of softmax(logits) in nats, from whoever has computed it already. grad lets the gradient through Delta;
+        never through alpha (the entropy's is infinite where p = 0).
 
-        entropy (N,), optional: that of softmax(logits) in nats, from whoever has computed it already (the sampler, when it draws). The
-        softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V. With terms = k, where m is the mass
+        The softmax is taken in float32, a chunk of rows at a time, so memory does not grow with N * V. With terms = k, where m is the mass
         of a row's k likeliest tokens, Delta is their expectation alone, sum p_j E_j / m; then |Delta - exact| <= 2 (1 - m) max |E_j|.
         Proof: |sum of the other p_j E_j| <= (1 - m) max |E_j|, and so is (1/m - 1) |sum of the k p_j E_j|, whose weights sum to m.
         """
@@ -379,30 +385,30 @@ class Residual:
         delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
         with torch.set_grad_enabled(grad):
             for rows in row_chunks(N, V):
-                z = logits[rows] if self.t_res == 1 else logits[rows].float() / self.t_res  # (n, V)
-                if self.weight in ("entropy", "1-entropy"):
-                    known = entropy is not None and self.t_res == 1
-                    a = (entropy[rows] if known else entropy_of(*softmax(z))) / math.log(V)  # Eq. 3
+                at = functools.cache(functools.partial(softmax, logits[rows]))  # z, p (n, V) at a temperature: once, and only if read
+                if self.reads_entropy and entropy is not None:
+                    a = entropy[rows] / math.log(V)  # Eq. 3
+                elif self.weight in ("entropy", "1-entropy"):
+                    a = entropy_of(*at(self.t_res)) / math.log(V)
                 elif self.weight in ("confidence", "1-confidence"):
-                    a = softmax(z)[1].amax(-1)
+                    a = at(self.t_res)[1].amax(-1)
                 else:
                     a = torch.full_like(alpha[rows], self.fixed if self.weight == "fixed" else 1.0)
                 alpha[rows] = (1 - a if self.weight.startswith("1-") else a).detach()
-                z = z if self.temper_delta else logits[rows]
+                t = self.t_res if self.temper_delta else 1.0
                 if self.weight == "top-1":
-                    delta[rows] = embedding[z.argmax(-1)]
+                    delta[rows] = embedding[logits[rows].argmax(-1)]
                 elif 0 < self.terms < V:
-                    z, ids = z.topk(self.terms)  # (n, k)
-                    p = softmax(z)[1].to(embedding.dtype)
-                    delta[rows] = F.embedding_bag(ids, embedding, per_sample_weights=p, mode="sum")
+                    z, ids = logits[rows].topk(self.terms)  # (n, k)
+                    delta[rows] = F.embedding_bag(ids, embedding, per_sample_weights=softmax(z, t)[1].to(embedding.dtype), mode="sum")
                 else:
-                    delta[rows] = softmax(z)[1].to(embedding.dtype) @ embedding  # Eq. 1
+                    delta[rows] = at(t)[1].to(embedding.dtype) @ embedding  # Eq. 1
         return alpha, delta
 
 
-def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (n, V) -> themselves, finite (0 * -inf is no number, and [MASK] has p = 0), and p = softmax(logits), both in float32."""
-    z = logits.float().clamp(min=-1e30)
+def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """logits (n, V) -> z = logits / temperature, finite (0 * -inf is no number, and [MASK] has p = 0), and p = softmax(z), in float32."""
+    z = (logits.float() if temperature == 1 else logits.float() / temperature).clamp(min=-1e30)
     return z, z.softmax(-1)
 
 
@@ -592,6 +598,11 @@ class Sampler:
             raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
 
 
+    @property
+    def by_margin(self) -> bool:
+        return self.rule == "static" and self.certainty == "margin"
+
+
 class Step(NamedTuple):
     """The record of one forward pass; all tensors are (B, T) but nfe (B,), and on the host but alpha, which nobody need wait for."""
 
@@ -652,11 +663,14 @@ class View:
         return model.logits(model.rows(model(x, at.to(device), mask, self.cache), where))
 
 
-def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, confidence and entropy (nats) of every row: logits (N, V) -> three (N,). Only the draw is tempered and filtered."""
+def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, confidence and doubt of every row: logits (N, V) -> three (N,). Only the draw is tempered and filtered.
+
+    Doubt is p2 - p1 for a sampler that ranks by margin, else the entropy in nats if it, or the caller, wants that, else 0.
+    """
     N, V = logits.shape
     token = torch.empty(N, device=logits.device, dtype=torch.long)
-    confidence, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
+    confidence, doubt = logits.new_empty(N, dtype=torch.float32), logits.new_zeros(N, dtype=torch.float32)
     for rows in row_chunks(N, V):
         z, p = softmax(logits[rows])  # (n, V)
         if s.temperature == 0:
@@ -671,18 +685,21 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None) -> tuple
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
         token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
-        entropy[rows] = entropy_of(z, p) if "entropy" in (s.rule, s.certainty) or s.carry == "residual" else 0
-    return token, confidence, entropy
+        if s.by_margin:
+            doubt[rows] = p.topk(2).values.diff(dim=-1)[:, 0]
+        elif entropy or "entropy" in (s.rule, s.certainty):
+            doubt[rows] = entropy_of(z, p)
+    return token, confidence, doubt
 
 
-def choose(s: Sampler, cells: Tensor, confidence: Tensor, entropy: Tensor, quota: Tensor, generator: torch.Generator | None) -> Tensor:
+def choose(s: Sampler, cells: Tensor, confidence: Tensor, doubt: Tensor, quota: Tensor, generator: torch.Generator | None) -> Tensor:
     """The commit rule: which of the N masked cells to fix now -> (N,) bool. Every rule is "the k_row best by a score, k_row >= quota".
 
     cells (N, 2) = (row, column); quota (B,) >= 1: the fewest that keep the row's step budget.
     """
     row, column = cells[:, 0].contiguous(), cells[:, 1]
-    static = confidence if s.certainty == "confidence" else -entropy
-    score = {"static": static, "threshold": confidence, "entropy": -entropy, "left-to-right": -column.float(),
+    static = confidence if s.certainty == "confidence" else -doubt
+    score = {"static": static, "threshold": confidence, "entropy": -doubt, "left-to-right": -column.float(),
              "random": torch.rand(len(cells), generator=generator, device=generator.device if generator else None).to(cells.device)
              if s.rule == "random" else confidence}[s.rule]  # fmt: skip
     order = score.argsort(descending=True, stable=True)
@@ -695,8 +712,8 @@ def choose(s: Sampler, cells: Tensor, confidence: Tensor, entropy: Tensor, quota
     if s.rule == "threshold":
         accept |= confidence > s.threshold
     elif s.rule == "entropy":  # entropies ascend along the order, so sum minus maximum is the sum of those before
-        before = torch.zeros_like(entropy)
-        total = entropy[order].double().cumsum(0) - entropy[order]
+        before = torch.zeros_like(doubt)
+        total = doubt[order].double().cumsum(0) - doubt[order]
         before[order] = (total - total[first[order]]).float()
         accept |= before <= s.entropy_bound
     return accept
@@ -769,6 +786,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     warm = View(reference, tokens, lengths, b) if begin == "warm" else None
     nfe, ended = torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.bool)
     D, E = c.d_model, model.embedding
+    known = s.carry == "residual" and residual.reads_entropy and not s.by_margin  # the draw has the entropy that alpha is made of
 
     def predict(start: Tensor, stop: Tensor, cells: Tensor, alpha: Tensor, delta: Tensor) -> Tensor:
         nfe[cells[:, 0].unique()] += 2 if hidden is not None else 1
@@ -798,15 +816,11 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
         while len(cells):
             logits = predict(start, stop, cells, alpha, delta)  # (N, V)
-            drawn = draw(logits, s, generator)
-            token, confidence, entropy = (x.cpu() for x in drawn)  # the only time that the host waits for the device
+            drawn = draw(logits, s, generator, entropy=known)
+            token, confidence, doubt = (x.cpu() for x in drawn)  # the only time that the host waits for the device
             masks = torch.zeros_like(nfe).index_add_(0, cells[:, 0], torch.ones_like(cells[:, 0]))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
-            if s.rule == "static" and s.certainty == "margin":  # p2 - p1 takes the entropy's place: the least of it goes first
-                doubt = [logits[rows].float().softmax(-1).topk(2).values.diff(dim=-1)[:, 0] for rows in row_chunks(*logits.shape)]
-                commit = choose(s, cells, confidence, torch.cat(doubt).cpu(), quota, generator)
-            else:
-                commit = choose(s, cells, confidence, entropy, quota, generator)
+            commit = choose(s, cells, confidence, doubt, quota, generator)
             steps_left -= 1
 
             row, col = cells[:, 0], cells[:, 1]
@@ -817,11 +831,10 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             cells, left = cells[left], left.to(device)
             alpha, delta = torch.zeros(len(cells), device=device), E.new_zeros(len(cells), D)
             if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[left], E, drawn[2][left])  # only what is still masked will read it
+                alpha, delta = residual(logits[left], E, drawn[2][left] if known else None)  # only what is still masked will read it
             carried = torch.zeros(B, T, device=device).index_put_(tuple(cells.to(device).T), alpha)
             if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end are done
-                drawn = fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids))
-                ended |= drawn.any(dim=1)
+                ended |= (fill & (block_of == j) & torch.isin(tokens, torch.tensor(c.eos_ids))).any(dim=1)
                 tokens[ended[:, None] & fill & (block_of > j)] = c.pad_id
             yield Step(j // parts, tokens.clone(), committed, shown, carried, nfe.clone())
 
@@ -935,12 +948,12 @@ class Trajectories:
         t = count(masked, document) / count(s["response"], document)  # (B * T,) the noise level that each document is at
         loss = (nll / t[document[where]]).sum() / s["response"].sum()
 
-        confidence, entropy, carried = torch.empty_like(nll), torch.empty_like(nll), []
+        confidence, entropy, carried, known = torch.empty_like(nll), torch.empty_like(nll), [], residual.reads_entropy
         with torch.set_grad_enabled(self.window > 1):
             for r in row_chunks(len(rows), model.config.vocab_size):
                 logits = model.logits(rows[r])
-                _, confidence[r], entropy[r] = draw(logits.detach(), Sampler(), generator)
-                carried.append(residual(logits, E, entropy[r], grad=self.window > 1))
+                _, confidence[r], entropy[r] = draw(logits.detach(), Sampler(), generator, entropy=known)
+                carried.append(residual(logits, E, entropy[r] if known else None, grad=self.window > 1))
             for name, parts in zip(("alpha", "delta"), zip(*carried)):
                 s[name] = s[name].index_put(where, torch.cat(parts).to(s[name].dtype))
         with torch.no_grad():

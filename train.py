@@ -16,6 +16,7 @@ import os
 # on two busy cores, 655 tokens a second spinning, 13,000 not. It must be said before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import functools
 import json
 import math
 import shlex
@@ -354,10 +355,10 @@ def command(resume: bool = False) -> str:
     return shlex.join(["python", "train.py", *typed, *(["--resume"] if resume else [])])
 
 
-def implied(typed: dict) -> dict:
-    """Defaults that what was typed implies: a reference means the recipe that reads it, short canvases mean trajectories, and a recipe has
+def implied(typed: dict, dataset: "data.Dataset") -> dict:
+    """Defaults that what was typed, and the data set, imply: a reference means the recipe that reads it, short canvases mean trajectories, and a recipe has
     its weight of the residual. A trajectory is as many training steps as denoising steps, all on the same canvas: long ones see too few."""
-    response = data.load(typed.get("data", Train.data)).response("train")
+    response = dataset.response("train")
     short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
     return {"recipe": recipe, **WEIGHT.get(recipe, {}), "absent": 0.3 * (recipe == "earlier"), "test_items": 500 if short else 16}
@@ -397,10 +398,11 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
 
 
 def main() -> None:
-    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=implied)
+    opened = functools.cache(data.load)  # some defaults depend on the data set, and to open it is to check it whole
+    o, shape, residual = arguments(__doc__, Train, Shape, Residual, presets=lambda typed: implied(typed, opened(typed.get("data", Train.data))))
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset = checked(o, shape, device)
-    dataset = data.load(o.data)
+    dataset = opened(o.data)
     length = dataset.meta["length"] if dataset.response("train") is not None else shape.length
     if device.type == "cpu" and length <= 512:
         # Short canvases on a CPU: two matmuls and a softmax beat the fused attention, whose bfloat16 backward is slow there (256 canvases of

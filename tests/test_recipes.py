@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import rcd
 import train
 from data.common import write_dataset
@@ -149,7 +150,7 @@ def test_the_recipe_that_is_not_named(tmp_path):
         source = "shakespeare_char" if name == "stream" else "gsm8k"
         write_dataset(tmp_path / name, source, tokenizer, splits, mask_id=3, eos_id=2, source="", licence="", argv=[], facts={})
     for name, recipe in {"short": "trajectory", "long": "earlier", "stream": "earlier"}.items():
-        got = train.implied({"data": str(tmp_path / name)})
+        got = train.implied({}, data.load(tmp_path / name))
         assert (got["recipe"], got["weight"], got["absent"]) == (recipe, "fixed", 0.3 if recipe == "earlier" else 0.0)
-    assert train.implied({"data": str(tmp_path / "short"), "reference": "x"}) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 500}
-    assert train.implied({"data": str(tmp_path / "long"), "recipe": "paper"}) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 16}
+    assert train.implied({"reference": "x"}, data.load(tmp_path / "short")) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 500}
+    assert train.implied({"recipe": "paper"}, data.load(tmp_path / "long")) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 16}
