@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 25  # elements: float32 temporaries of (N, V) never exceed this many (128 MiB); only the sampler keeps all logits of a step
@@ -35,6 +36,9 @@ def row_chunks(n: int, vocab_size: int) -> Iterator[slice]:
     """Slices that cover range(n) so that rows * vocab_size <= CHUNK; at least one, which may be empty."""
     size = max(1, CHUNK // vocab_size)
     return (slice(i, min(i + size, n)) for i in range(0, max(n, 1), size))
+
+
+compiled = functools.cache(torch.compile)  # of a function, at its first use
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(config.head_dim, config.norm_eps), RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None) -> Tensor:
         c, (B, T, _) = self.config, x.shape
         q = self.q_proj(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(B, T, c.n_kv_head, c.head_dim).transpose(1, 2)  # (B, G, T, K)
@@ -162,7 +166,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, S, G, K)
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, K)
-        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)
+        k, v, grouped = k.to(q.dtype), v.to(q.dtype), c.n_head != c.n_kv_head
+        if isinstance(mask, BlockMask):
+            flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            y = flex(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, K)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, c.n_head * c.head_dim))  # (B, T, D)
 
 
@@ -185,7 +194,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -226,8 +235,9 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens)  # (B, T) -> (B, T, D)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D), positions (B or 1, T), mask boolean (B or 1, 1, T, S), True = may attend, None = all -> hidden (B, T, D)."""
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | BlockMask | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D), positions (B or 1, T) -> hidden (B, T, D). mask, None = everything sees everything: boolean (B or 1, 1, T, S),
+        True = may attend, or flex_attention's."""
         half = (self.config.rotary_dim or self.config.head_dim) // 2
         frequencies = self.config.rope_theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)  # (R/2,)
         angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, R/2)
@@ -303,17 +313,36 @@ def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
     return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
 
 
-def noisy_clean_mask(positions: Tensor, block_size: int) -> Tensor:
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key), indices that broadcast -> bool, may the query attend
+
+
+def same_document(segments: Tensor) -> Sees:
+    """Packed rows: a token sees its own document. segments (B, S): the document that a token belongs to."""
+    return lambda b, h, q, k: segments[b, q] == segments[b, k]
+
+
+def noisy_clean(positions: Tensor, block_size: int) -> Sees:
     """Attention for training a block-causal model on all its blocks at once (block diffusion, arXiv 2503.09573).
 
-    The input is [noisy | clean], 2T tokens with the positions twice. A noisy block sees itself and the *clean* blocks before it; a clean
-    block sees clean blocks up to itself; nothing clean sees anything noisy. positions (B, T) -> (B, 2T, 2T) bool.
+    The input is [noisy | clean], 2T tokens with the positions (B, T) twice. A noisy block sees itself and the *clean* blocks before it; a
+    clean block sees clean blocks up to itself; nothing clean sees anything noisy.
     """
-    block = positions // block_size  # (B, T)
-    q, k = block[:, :, None], block[:, None, :]  # (B, T, 1), (B, 1, T)
-    noisy = torch.cat([q == k, k < q], dim=2)  # (B, T, 2T)
-    clean = torch.cat([torch.zeros_like(q == k), block_causal_mask(positions, positions, block_size)], dim=2)  # (B, T, 2T)
-    return torch.cat([noisy, clean], dim=1)
+    block, T = positions // block_size, positions.shape[1]  # (B, T)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own, other, noisy = block[b, q % T], block[b, k % T], q < T
+        return torch.where(k < T, noisy & (other == own), (other < own) | (~noisy & (other == own)))
+
+    return sees
+
+
+def attention_mask(sees: Sees, rows: int, length: int, device: torch.device | str) -> Tensor | BlockMask:
+    """Of `length` tokens among themselves. On CUDA for flex_attention, which skips the tiles where nothing is seen (of [noisy | clean] three
+    quarters); elsewhere boolean (rows, 1, length, length). One row stands for all rows of a batch."""
+    if torch.device(device).type == "cuda":
+        return compiled(create_block_mask)(sees, None if rows == 1 else rows, None, length, length, device=device)
+    row, at = torch.arange(rows, device=device)[:, None, None, None], torch.arange(length, device=device)
+    return sees(row, None, at[:, None], at)
 
 
 def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -323,17 +352,17 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, segments: Ten
     segments (B, T), optional: document number of every token of a packed row; documents do not see each other, positions restart.
     Padding is one more document: its tokens see themselves, so that no row of the attention is empty.
     """
-    T, positions = x.shape[1], document_positions(tokens, segments)
-    same = None if segments is None else segments[:, :, None] == segments[:, None, :]  # (B, T, T)
-    if not model.config.block_size:
-        return model(x, positions, None if same is None else same[:, None])
-    mask = noisy_clean_mask(positions, model.config.block_size)
-    if same is not None:
-        mask = mask & same.repeat(1, 2, 2)  # (B, 2T, 2T)
-    hidden = model(torch.cat([x, model.embed(tokens)], dim=1), positions.repeat(1, 2), mask[:, None])  # (B, 2T, D)
+    (B, T), b, positions = tokens.shape, model.config.block_size, document_positions(tokens, segments)
+    sees = [noisy_clean(positions.expand(B, T), b)] if b else []
+    if segments is not None:
+        sees.append(same_document(segments.repeat(1, 2) if b else segments))
+    mask = attention_mask(and_masks(*sees), B if segments is not None else 1, 2 * T if b else T, x.device) if sees else None
+    if not b:
+        return model(x, positions, mask)
+    hidden = model(torch.cat([x, model.embed(tokens)], dim=1), positions.repeat(1, 2), mask)  # (B, 2T, D)
     noisy, clean = hidden.split(T, dim=1)
     if model.config.logit_shift:  # the row before a block's first token is a clean one, as it is in sampling
-        last = (positions + 1) % model.config.block_size == 0  # (B, T)
+        last = (positions + 1) % b == 0  # (B or 1, T)
         noisy = torch.where(last[..., None], clean, noisy)
     return noisy
 
@@ -538,21 +567,26 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
         alpha, delta = context(model, n)
         e = mix(e, where, alpha, delta, model.embedding[model.config.mask_id])
     rows = model.rows(denoiser_hidden(model, e, tokens, segments), where)  # (N, D)
-    nll = row_losses(model, rows, tokens[where])  # (N,)
+    (nll,) = row_losses(model, rows, tokens[where])  # (N,)
     weight = 1 / t.expand_as(noise)[where]  # (N,)
     return (weight * nll).sum() / response.sum()
 
 
-def row_losses(model: Transformer, rows: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of every row: rows (N, D), targets (N,) -> (N,) float32. More than one chunk is recomputed in backward."""
+def row_losses(model: Transformer, rows: Tensor, targets: Tensor, read: Callable[[Tensor], tuple[Tensor, ...]] | None = None) -> tuple[Tensor, ...]:
+    """-log p(target) of every row, and what else read(logits (n, V)) takes from the same logits: rows (N, D), targets (N,) -> (N,) float32, ...
 
-    def chunk_losses(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(rows).float(), targets, reduction="none")
+    More than one chunk is recomputed in backward, which stops before read unless a gradient flows through it.
+    """
+
+    def chunk(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logits = model.logits(rows)
+        nll = F.cross_entropy(logits.float(), targets, reduction="none")
+        return nll, *(read(logits) if read else ())
 
     chunks = list(row_chunks(len(rows), model.config.vocab_size))
     if len(chunks) <= 1:
-        return chunk_losses(rows, targets)
-    return torch.cat([checkpoint(chunk_losses, rows[c], targets[c], use_reentrant=False) for c in chunks])
+        return chunk(rows, targets)
+    return tuple(torch.cat(parts) for parts in zip(*(checkpoint(chunk, rows[c], targets[c], use_reentrant=False) for c in chunks)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -944,18 +978,19 @@ class Trajectories:
         x = model.embed(s["tokens"].masked_fill(masked, model.config.mask_id))
         x = mix(x, where, s["alpha"][where], s["delta"][where].to(E.dtype), E[model.config.mask_id])
         rows = model.rows(denoiser_hidden(model, x, s["tokens"], segments), where)  # (N, D)
-        nll = row_losses(model, rows, s["tokens"][where])  # (N,)
+
+        def read(logits: Tensor) -> tuple[Tensor, ...]:
+            """What a denoising step takes from them: alpha and Delta to carry, confidence and entropy to commit by."""
+            with torch.set_grad_enabled(self.window > 1):
+                _, confidence, entropy = draw(logits.detach(), Sampler(), generator, entropy=residual.reads_entropy)
+                return *residual(logits, E, entropy if residual.reads_entropy else None, grad=self.window > 1), confidence, entropy
+
+        nll, alpha, delta, confidence, entropy = row_losses(model, rows, s["tokens"][where], read)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) the noise level that each document is at
         loss = (nll / t[document[where]]).sum() / s["response"].sum()
 
-        confidence, entropy, carried, known = torch.empty_like(nll), torch.empty_like(nll), [], residual.reads_entropy
-        with torch.set_grad_enabled(self.window > 1):
-            for r in row_chunks(len(rows), model.config.vocab_size):
-                logits = model.logits(rows[r])
-                _, confidence[r], entropy[r] = draw(logits.detach(), Sampler(), generator, entropy=known)
-                carried.append(residual(logits, E, entropy[r] if known else None, grad=self.window > 1))
-            for name, parts in zip(("alpha", "delta"), zip(*carried)):
-                s[name] = s[name].index_put(where, torch.cat(parts).to(s[name].dtype))
+        for name, value in (("alpha", alpha), ("delta", delta)):
+            s[name] = s[name].index_put(where, value.to(s[name].dtype))
         with torch.no_grad():
             quota = -(-count(masked, block) // s["left"].repeat_interleave(T))  # a budget for every block of every document
             commit = choose(Sampler(), torch.stack([block[where], where[1]], dim=1), confidence, entropy, quota, generator)

@@ -1,5 +1,6 @@
 """The forward process, the attention masks and the loss against direct computation and against exact enumeration."""
 
+import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 import rcd
-from rcd import Residual, diffusion_loss, mask_tokens, noisy_clean_mask, reference_context, sample_t
+from rcd import Residual, attention_mask, diffusion_loss, mask_tokens, noisy_clean, reference_context, sample_t
 
 MASK = 11  # of the tiny models
 
@@ -149,7 +151,7 @@ def may_attend(q_half: str, q_block: int, k_half: str, k_block: int) -> bool:
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=9), st.integers(1, 6))
 def test_noisy_clean_mask_by_four_cases(positions, b):
-    mask = noisy_clean_mask(torch.tensor([positions, positions[::-1]]), b)
+    mask = attention_mask(noisy_clean(torch.tensor([positions, positions[::-1]]), b), 2, 2 * len(positions), "cpu")[:, 0]
     assert mask.dtype == torch.bool and mask.shape == (2, 2 * len(positions), 2 * len(positions))
     for row, at in zip(mask.tolist(), (positions, positions[::-1])):
         halves = [("noisy", p) for p in at] + [("clean", p) for p in at]
@@ -188,8 +190,38 @@ def test_the_training_mask_looks_like_this():
         return "".join(".#"[seen] for seen in row[:6]) + "  " + "".join(".#"[seen] for seen in row[6:])
 
     rows = [f"{half} {block}  " for half in "nc" for block in "aabbcc"]
-    lines = [name + show(row) for name, row in zip(rows, noisy_clean_mask(torch.arange(6)[None], 2)[0].tolist())]
+    lines = [name + show(row) for name, row in zip(rows, attention_mask(noisy_clean(torch.arange(6)[None], 2), 1, 12, "cpu")[0, 0].tolist())]
     assert "\n".join(["", "     noisy   clean", "     aabbcc  aabbcc", *lines[:6], "", *lines[6:], ""]) == PICTURE
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block_size", [0, 4])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_flex_attention_sees_what_the_boolean_mask_shows(tiny, monkeypatch, block_size, packed, backend):
+    """What attention_mask returns on CUDA, here on a CPU (which has no backward for it): the same hidden states; compiled, one graph of each
+    function serves all batches."""
+    if not (block_size or packed):
+        pytest.skip("everything sees everything: there is no mask")
+    model, graphs = tiny(block_size=block_size, n_head=4, n_kv_head=2, head_dim=16), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = functools.cache(lambda f: torch.compile(f, backend=counting) if backend else f)
+    torch._dynamo.reset()
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(model.config.mask_id, (3, 40), generator=g)
+        segments = torch.randint(2, (3, 40), generator=g).cumsum(1) // 4 if packed else None
+        x = torch.randn(3, 40, model.config.d_model, generator=g)
+        with torch.no_grad(), monkeypatch.context() as m:
+            boolean = rcd.denoiser_hidden(model, x, tokens, segments)
+            m.setattr(rcd, "compiled", compiled)
+            m.setattr(rcd, "attention_mask", lambda sees, rows, length, device: compiled(create_block_mask)(
+                sees, None if rows == 1 else rows, None, length, length, device=device))  # fmt: skip
+            torch.testing.assert_close(rcd.denoiser_hidden(model, x, tokens, segments), boolean, atol=1e-5, rtol=1e-4)
+    assert len(graphs) == (2 if backend else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -67,16 +67,17 @@ def memory(model: Transformer, o: "Train", rows: int, remat: bool, length: int, 
     """
     c, parameters, matrices = model.config, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.dim() == 2)
     tokens, masked = length * (2 if c.block_size else 1), bool(c.block_size) or packed  # [noisy | clean]
-    window = o.window if own else 1  # so many steps keep their activations, and all but the last the logits that their residual comes from
+    window = o.window if own else 1  # so many steps keep their activations, and a chunk of logits each
     kept, x = kept_by_layer(model, rows, tokens, masked, device, dtype), 4 * rows * tokens * c.d_model
     state = Trajectories(c, o.batch_size * o.pool, length, "meta", packed).state if own else {}
     always = {
         "weights": 4 * parameters, "AdamW": 8 * parameters, "average": 4 * parameters * (o.ema > 0), "reference": reference,
-        "trajectories": sum(v.nbytes for v in state.values()), "attention mask": masked * rows * tokens**2,
+        "trajectories": sum(v.nbytes for v in state.values()),
+        "attention mask": masked * rows * tokens**2 * (device.type != "cuda"),  # flex_attention's there has an entry per tile
     }  # fmt: skip
     start = {
         "activations": window * c.n_layer * (x if remat else x + kept), f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32),
-        "logits": 12 * (min(rows * length, max(1, CHUNK // c.vocab_size)) + (window - 1) * rows * length) * c.vocab_size + 4 * c.vocab_size * c.d_model,
+        "logits": 12 * window * min(rows * length, max(1, CHUNK // c.vocab_size)) * c.vocab_size + 4 * c.vocab_size * c.d_model,
         "gradients": 4 * parameters * (rows < o.batch_size),
     }  # fmt: skip
     end = {"gradients": 4 * parameters, "activations": x + kept}

@@ -120,7 +120,7 @@ EXPERIMENTS = {
         "T_res at sampling, by the letter with a warm start", {"letter": LETTER},
         [Curve(f"T_res {t}", "letter", {"start": "warm"}, {"t_res": t}, "seqd") for t in (0.5, 0.8, 0.92, 1.0, 1.25, 2.0)]
         + [Curve(f"T_res {t}, Delta tempered", "letter", {"start": "warm"}, {"t_res": t, "temper_delta": True}, "seqd") for t in (0.5, 0.8, 1.25)]
-        + [Curve("T_res fitted", "letter", {"start": "warm"}, {}, "seqd", ("t_res", (0.5, 0.65, 0.8, 0.92, 1.0, 1.25, 1.5, 2.0)))],
+        + [Curve("T_res fitted", "letter", {"start": "warm"}, {}, "seqd", fit=("t_res", (0.5, 0.65, 0.8, 0.92, 1.0, 1.25, 1.5, 2.0)))],
     ),
     "reference": ablation(
         "the size of the reference, by the letter with a warm start: 0.1, 0.8 (the target's) and 2.6 million parameters",
