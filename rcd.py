@@ -613,6 +613,7 @@ class Sampler:
     top_k: int = 0  # draw among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (looked for among the 1,024 likeliest)
     cache: str = "exact"  # a bidirectional model's keys and values: exact (none kept) | prefix | dual (approximate: kept while in a block)
+    fixed_shapes: bool = False  # forwards in a few shapes only, for CUDA graphs: rows that are done stay in the batch, keys are those of the whole canvas
     guidance: float = 0.0  # classifier-free guidance w (LLaDA): logits = u + (w + 1)(c - u), u with the prompt masked; doubles the NFE
 
     def __post_init__(self):
@@ -654,12 +655,18 @@ class View:
     Block-causal models cache exactly. Bidirectional ones read the whole canvas at every step (exact), or do so at the first step of a block
     and keep those keys and values while they denoise it, though they would change (Fast-dLLM, 2505.22618): of all that stands before the
     block (prefix), or of everything but the block (dual). The canvas and where things are on it live on the host.
+
+    fixed: rows and keys are always all there are, and windows a block times a power of two, so that a compiled forward needs few graphs.
     """
 
-    def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, cache: str = "exact", hidden: Tensor | None = None):
-        self.model, self.canvas, self.lengths, self.block, self.kind, self.hidden = model, canvas, lengths, block, cache, hidden
+    def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, cache: str = "exact", fixed: bool = False,
+                 hidden: Tensor | None = None):  # fmt: skip
+        self.model, self.canvas, self.lengths, self.block, self.kind, self.fixed, self.hidden = model, canvas, lengths, block, cache, fixed, hidden
         cached, E = bool(model.config.block_size) or cache != "exact", model.embedding
         self.cache = KVCache(model.config, *canvas.shape, E.device, model.head.dtype) if cached else None
+        if fixed and cached:  # a CUDA graph may write to tensors whose place it can rely on
+            torch._dynamo.mark_static_address(self.cache.k)
+            torch._dynamo.mark_static_address(self.cache.v)
         self.begun = torch.full_like(lengths, -1)  # (B,) where the block begins that a row's last forward was for
 
     def window(self, rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
@@ -678,8 +685,12 @@ class View:
         """Logits (N, V) at the masked cells (N, 2) = (row, column) of the blocks [start, stop), each (B,), given their residual."""
         model, device = self.model, delta.device
         rows, index = cells[:, 0].unique(return_inverse=True)  # only rows with something to predict take part: (n,), (N,)
+        if self.fixed:
+            rows, index = torch.arange(len(self.canvas)), cells[:, 0]
         oldest, end = self.window(rows, start[rows], stop[rows])
         width = int((end - oldest).max())  # one for all rows, aligned on the right
+        if self.fixed and self.cache is not None:
+            width = self.block << (-(-width // self.block) - 1).bit_length()
         positions = end[:, None] - width + torch.arange(width)  # (n, W), before oldest = padding
         at = positions.clamp(min=0)
         tokens = self.canvas[rows[:, None], at]  # (n, W)
@@ -688,10 +699,12 @@ class View:
         where = index.to(device), (cells[:, 1] - (end[index] - width)).to(device)  # cells in window coordinates
         x = mix(model.embed(tokens.to(device)), where, alpha, delta, model.embedding[model.config.mask_id])
         if model.config.block_size:  # a query sees the keys [0, reach): those up to the end of its own block ...
-            S, reach = int(end.max()), torch.minimum(end[:, None], (at // self.block + 1) * self.block)  # (n, W)
+            S = self.canvas.shape[1] if self.fixed else int(end.max())
+            reach = torch.minimum(end[:, None], (at // self.block + 1) * self.block)  # (n, W)
         else:  # ... or all of the row's own length, none of its padding
             S, reach = self.canvas.shape[1], self.lengths[rows, None]  # (n, 1)
-        mask = None if bool((reach == S).all()) else (torch.arange(S, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
+        everything = bool((reach == S).all()) and not (self.fixed and model.config.block_size)
+        mask = None if everything else (torch.arange(S, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
         if self.cache is not None:
             self.cache.point_at(rows.to(device), positions.masked_fill(positions < oldest[:, None], -1).to(device), S)
         return model.logits(model.rows(model(x, at.to(device), mask, self.cache), where))
@@ -815,9 +828,9 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     if c.logit_shift and bool(fill[:, 0].any()):
         raise ValueError("this model predicts a token from the position before it: the first token of a canvas must be given")
 
-    main = View(model, tokens, lengths, b, s.cache)
-    hidden = View(model, tokens, lengths, b, s.cache, hidden=inside & ~fill) if s.guidance else None
-    warm = View(reference, tokens, lengths, b) if begin == "warm" else None
+    main = View(model, tokens, lengths, b, s.cache, s.fixed_shapes)
+    hidden = View(model, tokens, lengths, b, s.cache, s.fixed_shapes, hidden=inside & ~fill) if s.guidance else None
+    warm = View(reference, tokens, lengths, b, fixed=s.fixed_shapes) if begin == "warm" else None
     nfe, ended = torch.zeros(B, dtype=torch.long), torch.zeros(B, dtype=torch.bool)
     D, E = c.d_model, model.embedding
     known = s.carry == "residual" and residual.reads_entropy and not s.by_margin  # the draw has the entropy that alpha is made of

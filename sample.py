@@ -245,7 +245,7 @@ class Options:
     limit: int = 200  # with --eval: the first so many canvases
     plot: str = ""  # with --eval: also draw the table into this file (PNG, SVG or PDF)
     seed: int = 1337  # of the examples and of every random draw
-    compile: bool = False  # torch.compile the models: a minute or so first, then quicker steps
+    compile: bool = False  # torch.compile the models: a minute or so first, then quicker steps; on CUDA implies --fixed_shapes and captures CUDA graphs
     device: str = ""  # cuda | mps | cpu; default: the best one found
     dtype: str = ""  # bfloat16 | float16 | float32, of the matmuls; default: bfloat16 where the processor has it
 
@@ -668,10 +668,12 @@ def main() -> None:
         print(f"SeqD runs on {which}", file=sys.stderr)
     warm = reference and reference.model
     if o.compile:
+        sampler = replace(sampler, fixed_shapes=sampler.fixed_shapes or device.type == "cuda")
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler, and there is no g++ here: install it, or name another in the variable CXX")
         for model in {loaded.model, control.model, warm} - {None}:
-            model.compile(dynamic=True)  # rows and windows vary from step to step: a graph for all widths, not one for each
+            # Rows and windows vary from step to step: one graph for all of them. A CUDA graph has one shape: few shapes, a graph for each.
+            model.compile(dynamic=not sampler.fixed_shapes, mode="reduce-overhead" if device.type == "cuda" else None)
 
     if o.eval:
         dataset = Puzzles.read(o.eval, loaded, task) if Path(o.eval).is_file() else data.load(o.eval)

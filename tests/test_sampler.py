@@ -201,11 +201,13 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_algorithm_2(tiny, kind, choice):
+def test_algorithm_2(tiny, kind, choice, fixed):
     s, r = CHOICES[choice]
+    s = replace(s, fixed_shapes=fixed)
     options = KINDS[kind] | ({"block_size": 3} if s.block_size and "blocks" in kind else {})
     model, reference = tiny(seed=24, **options), tiny(seed=44, d_model=8, n_layer=1, **options)
     steps, drawn = [], set()
@@ -218,13 +220,14 @@ def test_algorithm_2(tiny, kind, choice):
     assert max(steps) > 2 and len(drawn) > 2  # not all at once, not all the same
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("choice", ["rcd", "threshold, seqd", "warm", "self", "guidance, self"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("kind", ["full", "full shifted"])
 @torch.no_grad()
-def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice):
+def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice, fixed):
     s, r = CHOICES[choice]
-    s = replace(s, cache=cache, block_size=3)
+    s = replace(s, cache=cache, block_size=3, fixed_shapes=fixed)
     model, reference = tiny(seed=25, **KINDS[kind]), tiny(seed=44, d_model=8, n_layer=1, **KINDS[kind])
     apart = 0.0
     for canvas in CANVASES.values():
@@ -239,6 +242,26 @@ def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice):
             torch.testing.assert_close(one.confidence, other.confidence)
             torch.testing.assert_close(one.alpha, other.alpha)
     assert apart > 0.01  # it is an approximation: what is kept would have changed
+
+
+@pytest.mark.parametrize("kind, cache", [("full", "exact"), ("full", "dual"), ("full shifted", "prefix"), ("blocks", "exact"), ("blocks shifted", "exact")])
+@pytest.mark.parametrize("choice", ["threshold", "warm", "guidance, self"])
+@torch.no_grad()
+def test_fixed_shapes_change_shapes_alone(tiny, monkeypatch, kind, cache, choice):
+    """Rows that end early, are filled by half, or have nothing to fill stay in the batch and disturb nobody."""
+    s, r = CHOICES[choice]
+    s = replace(s, cache=cache, block_size=4)
+    model, reference, shapes = tiny(seed=26, **KINDS[kind]), tiny(seed=44, d_model=8, n_layer=1, **KINDS[kind]), set()
+    canvas = torch.tensor([[1] * 5 + [_] * 15, [1, 2] + [_] * 18, [1] * 20, [1] * 8 + [_] + [2] * 8 + [_] * 3])
+    lengths = torch.tensor([20, 12, 20, 20])
+    plain = drain(model, canvas, s, r, lengths=lengths, reference=reference)
+    model.register_forward_pre_hook(lambda _model, inputs: shapes.add(tuple(inputs[0].shape[:2]) + tuple(inputs[2].shape if inputs[2] is not None else ())))
+    fixed = drain(model, canvas, replace(s, fixed_shapes=True), r, lengths=lengths, reference=reference)
+    assert len(shapes) <= 4 and {shape[0] for shape in shapes} == {4}
+    for one, other in zip(plain, fixed, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe) and torch.equal(one.committed, other.committed)
+        torch.testing.assert_close(one.confidence, other.confidence, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.alpha, other.alpha, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["static", "threshold", "entropy", "left-to-right"])
@@ -382,18 +405,18 @@ def test_the_host_waits_once_a_step(tiny, kind, s, r, monkeypatch):
     assert len(steps) > 2 and len(asked) == 3 * len(steps) and not (steps[-1].tokens == MASK).any()
 
 
-@pytest.mark.parametrize("kind, cache", [("blocks shifted", "exact")])
-def test_a_compiled_forward_gives_the_same_tokens(tiny, kind, cache):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_compiled_forward_gives_the_same_tokens(tiny, fixed):
     """As sample.py --compile does it, but for the code generator, which takes a minute: the graphs are captured whole, the cache that they
-    write to included, and a handful serves every width, row count and length."""
+    write to included, and a handful serves every width, row count and length. In fixed shapes they are graphs of one shape each."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, s = tiny(seed=24, n_layer=1, **KINDS[kind]), Sampler(rule="threshold", threshold=0.5, block_size=4, cache=cache)
+    model, s = tiny(seed=24, n_layer=1, **KINDS["blocks shifted"]), Sampler(rule="threshold", threshold=0.5, block_size=4)
     canvas = torch.tensor([[1] * 5 + [_] * 23, [1, 2] + [_] * 26, [1] * 9 + [_] * 19])
     plain = drain(model, canvas, s, lengths=torch.tensor([28, 28, 20]))
-    model.compile(dynamic=True, fullgraph=True, backend="aot_eager")
-    compiled = drain(model, canvas, s, lengths=torch.tensor([28, 28, 20]))
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # torch gives up at 8
+    model.compile(dynamic=not fixed, fullgraph=True, backend="aot_eager")
+    compiled = drain(model, canvas, replace(s, fixed_shapes=fixed), lengths=torch.tensor([28, 28, 20]))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (3 if fixed else 6)  # torch gives up at 8
     assert len(plain) == len(compiled) > 10
     for one, other in zip(plain, compiled):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
