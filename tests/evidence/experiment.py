@@ -91,6 +91,14 @@ EXPERIMENTS = {
         [replace(SEQD, more=(3, 5, 7)), replace(HEADLINE[1], more=(3, 5, 7)), *HEADLINE[2:], SELF,
          Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=(3, 5, 7))],
     ),
+    "long": Experiment(
+        "Sudoku with stages of three times the length (2,100 steps), from the same base", "--data=sudoku",
+        {"base": "--stage=base"} | {f"{n}-long": f"{o} --steps=2100" for n, o in (("seqd", PLAIN["seqd"]), ("rcd", BEST), ("letter", LETTER.replace("{seqd}", "{seqd-long}")))},
+        [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=(3, 5, 7)), Curve("RCD, long", "rcd-long", more=(3, 5, 7)),
+         Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=(3, 5, 7)),
+         Curve("by the letter, long, cold", "letter-long"), Curve("by the letter, long, warm", "letter-long", {"start": "warm"}, reference="seqd-long")],
+        folder="sudoku",
+    ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
         PLAIN | {"rcd": BEST, "letter": LETTER}, [*HEADLINE, SELF], within=(6, 9, 13, 15, 20),
