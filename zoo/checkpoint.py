@@ -33,7 +33,7 @@ from zoo.templates import TEMPLATES
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-MAPPED = 1 << 26  # bytes read between two openings of a file: what is read of an open one counts as this process's memory
+MAPPED = 1 << 25  # bytes read between two openings of a file: what is read of an open one counts as this process's memory
 STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.json|train\.json")  # of a model that was here before
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt")  # beside the tokenizer's files
 # What the "rcd" section of config.json may hold: Config fields that training may set, the chat template, Sampler fields
