@@ -59,6 +59,7 @@ class Experiment:
     items: int = 500  # test canvases
     within: tuple[int, ...] = (3, 4, 5, 6, 8)  # forward passes, of the summary
     judge: str = ""  # text: the autoregressive run that judges what was written
+    by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # its cells are under out/<folder>/; default: the experiment's name. Experiments that share runs share a folder
 
 
@@ -72,7 +73,7 @@ HEADLINE = [SEQD, Curve("RCD", "rcd"), Curve("by the letter, cold", "letter"), C
 def ablation(about: str, runs: dict[str, str], curves: list[Curve]) -> Experiment:
     """Sudoku with stages of half the length."""
     runs = {"base": "--stage=base", "seqd": "--stage=reference --steps=350 --init_from={base}"} | {n: f"{o} --steps=350" for n, o in runs.items()}
-    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999), folder="ablation")
+    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999), within=(4, 5, 6, 8), by_curve=True, folder="ablation")
 
 
 WEIGHTS = {w: f"--weight={w}" for w in ("entropy", "confidence", "1-entropy", "1-confidence", "one", "top-1")}
@@ -93,11 +94,9 @@ EXPERIMENTS = {
     ),
     "long": Experiment(
         "Sudoku with stages of three times the length (2,100 steps), from the same base", "--data=sudoku",
-        {"base": "--stage=base"} | {f"{n}-long": f"{o} --steps=2100" for n, o in (("seqd", PLAIN["seqd"]), ("rcd", BEST), ("letter", LETTER.replace("{seqd}", "{seqd-long}")))},
+        {"base": "--stage=base", "seqd-long": PLAIN["seqd"] + " --steps=2100", "rcd-long": BEST + " --steps=2100"},
         [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=(3, 5, 7)), Curve("RCD, long", "rcd-long", more=(3, 5, 7)),
-         Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=(3, 5, 7)),
-         Curve("by the letter, long, cold", "letter-long"), Curve("by the letter, long, warm", "letter-long", {"start": "warm"}, reference="seqd-long")],
-        folder="sudoku",
+         Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=(3, 5, 7))], folder="sudoku",
     ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
@@ -304,20 +303,31 @@ def summary(curves: list[list[dict]], within: tuple[int, ...]) -> list[str]:
     return lines
 
 
+def rule_of(row: dict) -> str:
+    return f"threshold {row['value']:g}" if row["rule"] == "threshold" else f"{row['value']} step" + "s" * (row["value"] > 1)
+
+
 def table(curves: list[list[dict]]) -> list[str]:
     """Every figure: a line per setting, the curves side by side."""
     labels = [rows[0]["label"] for rows in curves]
     lines = ["| rule | " + " | ".join(f"{label}: accuracy (95 %) | NFE" for label in labels) + " |", "|---|" + "--:|--:|" * len(labels)]
     for group in zip(*curves):
-        rule, value = group[0]["rule"], group[0]["value"]
         cells = [f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%}) | {r['nfe']:.2f}" for r in group]
-        lines.append(f"| {f'threshold {value:g}' if rule == 'threshold' else f'{value} step' + 's' * (value > 1)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {rule_of(group[0])} | " + " | ".join(cells) + " |")
     if "judge" in curves[0][0]:
         lines += ["", "| rule | " + " | ".join(f"{label}: judge, nats per character (95 %) | entropy | NFE" for label in labels) + " |", "|---|" + "--:|--:|--:|" * len(labels)]
         for group in zip(*curves):
-            rule, value = group[0]["rule"], group[0]["value"]
             cells = [f"{r['judge']:.2f} ({r['judge_interval'][0]:.2f} to {r['judge_interval'][1]:.2f}) | {r['entropy']:.2f} | {r['written_nfe']:.2f}" for r in group]
-            lines.append(f"| {f'threshold {value:g}' if rule == 'threshold' else f'{value} step' + 's' * (value > 1)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {rule_of(group[0])} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table_by_curve(curves: list[list[dict]]) -> list[str]:
+    """Every accuracy in %, its 95 % interval and, after "@", its NFE: a line per curve, the settings side by side."""
+    lines = ["| in %, interval @ NFE | " + " | ".join(rule_of(r) for r in curves[0]) + " |", "|---|" + "--:|" * len(curves[0])]
+    for rows in curves:
+        cells = [f"{100 * r['accuracy']:.1f} ({100 * r['interval'][0]:.0f}-{100 * r['interval'][1]:.0f}) @ {r['nfe']:.1f}" for r in rows]
+        lines.append(f"| {rows[0]['label']} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -365,7 +375,7 @@ def main() -> None:
     curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
     facts = {"about": e.about, "command": f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}", "items": e.items, "torch": torch.__version__}
     text = [f"# {o.name}: {e.about}", "", f"`{facts['command']}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", "",
-            *summary(curves, e.within), "", *table(curves), "", *(f"{c[0]['label']}: {', '.join(map(str, c[0]['fitted']))}, by seed" for c in curves if "fitted" in c[0])]  # fmt: skip
+            *summary(curves, e.within), "", *(table_by_curve if e.by_curve else table)(curves), "", *(f"{c[0]['label']}: {', '.join(map(str, c[0]['fitted']))}, by seed" for c in curves if "fitted" in c[0])]  # fmt: skip
     write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": list(dict.fromkeys(commands)), "curves": curves}, indent=1) + "\n"))
     write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
     plot(curves, HERE / f"{o.name}.png", e.about)
