@@ -44,6 +44,12 @@ def tiles(logits: Tensor) -> Iterator[slice]:
     return row_chunks(*logits.shape, torch.get_num_threads() << 19 if logits.device.type == "cpu" else CHUNK)
 
 
+def evened(rows: Tensor) -> Tensor:
+    """rows (N, ...) with zeros up to a multiple of 64 rows where there are more than 512. A CPU's library compiles a matrix product for every N that
+    it meets and keeps it: 1 ms and 1.4 MB each, gigabytes in a run where every step has another number of masks."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % 64)) if len(rows) > 512 else rows
+
+
 compiled = functools.cache(torch.compile)  # of a function, at its first use
 
 
@@ -262,7 +268,7 @@ class Transformer(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows (N, D) -> logits (N, V); [MASK] and padded rows of the table are -inf: they can be neither drawn nor carried."""
-        z = F.linear(rows, self.head)
+        z = F.linear(evened(rows), self.head)[: len(rows)]
         z[:, self.config.mask_id] = -math.inf
         if self.config.real_vocab:
             z[:, self.config.real_vocab :] = -math.inf
@@ -434,7 +440,7 @@ class Residual:
                     top, ids = z.topk(self.terms)  # (n, k)
                     delta[chunk] = F.embedding_bag(ids, embedding, per_sample_weights=softmax(top, t)[1].to(embedding.dtype), mode="sum")
                 else:
-                    delta[chunk] = p @ embedding  # Eq. 1
+                    delta[chunk] = (evened(p) @ embedding)[: len(p)]  # Eq. 1
         return alpha, delta
 
     def alpha(self, at: Callable[[float], tuple[Tensor, Tensor]], V: int, entropy: Tensor | None) -> Tensor:
