@@ -18,6 +18,7 @@ masked ones): lm_head, softmax, entropy and p.E never run on any other row.
 """
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -30,26 +31,33 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 25  # elements: float32 temporaries of (N, V) never exceed this many (128 MiB); only the sampler keeps all logits of a step
+TILE = 1 << 19  # elements, for each thread of a CPU: float32 temporaries that stay in its cache
 
 
-def row_chunks(n: int, vocab_size: int, elements: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover range(n) so that rows * vocab_size <= elements; at least one, which may be empty."""
-    size = max(1, min(elements, CHUNK) // vocab_size)
+def row_chunks(n: int, vocab_size: int) -> Iterator[slice]:
+    """Slices that cover range(n) so that rows * vocab_size <= CHUNK; at least one, which may be empty."""
+    size = max(1, CHUNK // vocab_size)
     return (slice(i, min(i + size, n)) for i in range(0, max(n, 1), size))
 
 
-def tiles(logits: Tensor) -> Iterator[slice]:
-    """Rows of logits (N, V) for what runs over them several times in float32, a softmax or an entropy. On a CPU a tile stays in the cache (64
-    rows of V = 151,936, two threads: 9 ms for a draw and its entropy, 34 ms all at once); elsewhere it is a chunk, since kernels cost to launch."""
-    return row_chunks(*logits.shape, torch.get_num_threads() << 19 if logits.device.type == "cpu" else CHUNK)
+def tiles(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """logits (N, V), and what else has N rows, a few rows at a time, for what runs over them several times in float32, a softmax or an entropy.
+
+    On a CPU a tile stays in the cache (a draw and its entropy, 64 rows of V = 151,936, two threads: 9 ms, 34 ms all at once); elsewhere it is
+    a chunk, since kernels cost to launch. Parts by split, whose backward is one concatenation.
+    """
+    elements = min(CHUNK, TILE * torch.get_num_threads()) if logits.device.type == "cpu" else CHUNK
+    size = max(1, elements // logits.shape[1])
+    return zip(*(x.split(size) for x in (logits, *others)))
 
 
-def evened(rows: Tensor) -> Tensor:
-    """rows (N, ...) with zeros up to a multiple of 64 rows where there are more than 512. A CPU's library compiles a matrix product for every N that
-    it meets and keeps it: 1 ms and 1.4 MB each, gigabytes in a run where every step has another number of masks."""
-    return F.pad(rows, (0, 0, 0, -len(rows) % 64)) if len(rows) > 512 else rows
+def spare_rows(n: int, device: torch.device) -> int:
+    """Rows of zeros that make n a multiple of 64 where it is above 512, on a CPU. Its library compiles a matrix product for every n that it
+    meets and keeps it: 1 ms and 1.4 MB each, gigabytes in a run where every step has another number of masks."""
+    return -n % 64 if n > 512 and device.type == "cpu" else 0
 
 
+FLEX = ("cuda",) if importlib.util.find_spec("triton") else ()  # devices where flex_attention is compiled
 compiled = functools.cache(torch.compile)  # of a function, at its first use
 
 
@@ -268,7 +276,7 @@ class Transformer(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows (N, D) -> logits (N, V); [MASK] and padded rows of the table are -inf: they can be neither drawn nor carried."""
-        z = F.linear(evened(rows), self.head)[: len(rows)]
+        z = F.linear(F.pad(rows, (0, 0, 0, spare_rows(len(rows), rows.device))), self.head)[: len(rows)]
         z[:, self.config.mask_id] = -math.inf
         if self.config.real_vocab:
             z[:, self.config.real_vocab :] = -math.inf
@@ -320,12 +328,7 @@ def noise_levels(tokens: Tensor, segments: Tensor | None, block_size: int, gener
     return sample_t(int(group[-1]) + 1, generator, tokens.device)[group, 0].view(tokens.shape)  # (B, T)
 
 
-def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
-    """A query sees every key whose block is not later than its own. q_pos (B, T), k_pos (B, S) absolute -> (B, T, S) bool."""
-    return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
-
-
-Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key), indices that broadcast -> bool, may the query attend
+Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # (row, head, query, key), indices that broadcast -> may the query attend
 
 
 def same_document(segments: Tensor) -> Sees:
@@ -342,16 +345,16 @@ def noisy_clean(positions: Tensor, block_size: int) -> Sees:
     block, T = positions // block_size, positions.shape[1]  # (B, T)
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own, other, noisy = block[b, q % T], block[b, k % T], q < T
-        return torch.where(k < T, noisy & (other == own), (other < own) | (~noisy & (other == own)))
+        own, other, q_noisy, k_noisy = block[b, q % T], block[b, k % T], q < T, k < T
+        return ((other == own) & (q_noisy == k_noisy)) | ((other < own) & ~k_noisy)
 
     return sees
 
 
 def attention_mask(sees: Sees, rows: int, length: int, device: torch.device | str) -> Tensor | BlockMask:
     """Of `length` tokens among themselves. On CUDA for flex_attention, which skips the tiles where nothing is seen (of [noisy | clean] three
-    quarters); elsewhere boolean (rows, 1, length, length). One row stands for all rows of a batch."""
-    if torch.device(device).type == "cuda":
+    quarters); elsewhere boolean (rows, 1, length, length). rows = 1: all rows of the batch see alike; flex_attention asks `sees` of each."""
+    if torch.device(device).type in FLEX:
         return compiled(create_block_mask)(sees, None if rows == 1 else rows, None, length, length, device=device)
     row, at = torch.arange(rows, device=device)[:, None, None, None], torch.arange(length, device=device)
     return sees(row, None, at[:, None], at)
@@ -421,38 +424,37 @@ class Residual:
         of a row's k likeliest tokens, Delta is their expectation alone, sum p_j E_j / m; then |Delta - exact| <= 2 (1 - m) max |E_j|.
         Proof: |sum of the other p_j E_j| <= (1 - m) max |E_j|, and so is (1/m - 1) |sum of the k p_j E_j|, whose weights sum to m.
         """
-        N, V = logits.shape
-        alpha = torch.empty(N, device=logits.device, dtype=torch.float32)
-        delta = torch.empty(N, embedding.shape[1], device=logits.device, dtype=embedding.dtype)
-        some, t = 0 < self.terms < V, self.t_res if self.temper_delta else 1.0
+        V, t, alpha, delta = logits.shape[1], self.t_res if self.temper_delta else 1.0, [], []
+        given = [x for x in (logits, entropy) if x is not None]
         with torch.set_grad_enabled(grad):
-            for chunk in row_chunks(N, V):
-                z, known = logits[chunk], None if entropy is None else entropy[chunk]
-                p = embedding.new_empty(z.shape if not some and self.weight != "top-1" else 0)  # (n, V)
-                for rows in tiles(z):
-                    at = functools.cache(functools.partial(softmax, z[rows]))  # z, p in float32 at a temperature: once, and only if read
-                    alpha[chunk][rows] = self.alpha(at, V, None if known is None else known[rows]).detach()
-                    if p.numel():
-                        p[rows] = at(t)[1].to(p.dtype)
+            for chunk in row_chunks(len(logits), V):
+                p = []
+                for z, *known in tiles(*(x[chunk] for x in given)):
+                    softmax_at = functools.cache(functools.partial(softmax, z))  # z, p in float32 at a temperature: once, and only if read
+                    alpha.append(self.weigh(softmax_at, *z.shape, z.device, *known).detach())
+                    if self.weight != "top-1" and not 0 < self.terms < V:
+                        p.append(softmax_at(t)[1].to(embedding.dtype))
+                z = logits[chunk]  # (n, V)
                 if self.weight == "top-1":
-                    delta[chunk] = embedding[z.argmax(-1)]
-                elif some:
+                    delta.append(embedding[z.argmax(-1)])
+                elif 0 < self.terms < V:
                     top, ids = z.topk(self.terms)  # (n, k)
-                    delta[chunk] = F.embedding_bag(ids, embedding, per_sample_weights=softmax(top, t)[1].to(embedding.dtype), mode="sum")
+                    delta.append(F.embedding_bag(ids, embedding, per_sample_weights=softmax(top, t)[1].to(embedding.dtype), mode="sum"))
                 else:
-                    delta[chunk] = (evened(p) @ embedding)[: len(p)]  # Eq. 1
-        return alpha, delta
+                    p.append(embedding.new_zeros(spare_rows(len(z), z.device), V))
+                    delta.append((torch.cat(p) @ embedding)[: len(z)].to(embedding.dtype))  # Eq. 1
+        return torch.cat(alpha), torch.cat(delta)
 
-    def alpha(self, at: Callable[[float], tuple[Tensor, Tensor]], V: int, entropy: Tensor | None) -> Tensor:
-        """The weight (n,), or one for all n, of rows whose softmax at a temperature is at(temperature)."""
+    def weigh(self, softmax_at: Callable[[float], tuple[Tensor, Tensor]], n: int, V: int, device: torch.device, entropy: Tensor | None = None) -> Tensor:
+        """alpha (n,) in float32 of n rows, whose z and p are softmax_at(temperature)."""
         if self.reads_entropy and entropy is not None:
             a = entropy / math.log(V)  # Eq. 3
         elif self.weight in ("entropy", "1-entropy"):
-            a = entropy_of(*at(self.t_res)) / math.log(V)
+            a = entropy_of(*softmax_at(self.t_res)) / math.log(V)
         elif self.weight in ("confidence", "1-confidence"):
-            a = at(self.t_res)[1].amax(-1)
+            a = softmax_at(self.t_res)[1].amax(-1)
         else:
-            a = torch.tensor(self.fixed if self.weight == "fixed" else 1.0)
+            a = torch.full((n,), self.fixed if self.weight == "fixed" else 1.0, device=device)
         return 1 - a if self.weight.startswith("1-") else a
 
 
@@ -601,8 +603,7 @@ def row_losses(model: Transformer, rows: Tensor, targets: Tensor, read: Callable
 
     def chunk(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         logits = model.logits(rows)  # (n, V)
-        sizes = [tile.stop - tile.start for tile in tiles(logits)]  # parts by split, which alone has a cheap backward
-        nll = [F.cross_entropy(z.float(), t, reduction="none") for z, t in zip(logits.split(sizes), targets.split(sizes))]
+        nll = [F.cross_entropy(z.float(), t, reduction="none") for z, t in tiles(logits, targets)]
         return torch.cat(nll), *(read(logits) if read else ())
 
     chunks = list(row_chunks(len(rows), model.config.vocab_size))
@@ -635,7 +636,7 @@ class Sampler:
     top_k: int = 0  # draw among the k likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (looked for among the 1,024 likeliest)
     cache: str = "exact"  # a bidirectional model's keys and values: exact (none kept) | prefix | dual (approximate: kept while in a block)
-    fixed_shapes: bool = False  # forwards in a few shapes only, for CUDA graphs: rows that are done stay in the batch, keys are those of the whole canvas
+    fixed_shapes: bool = False  # forwards in a few shapes, for CUDA graphs: rows that are done stay, keys are those of the whole canvas
     guidance: float = 0.0  # classifier-free guidance w (LLaDA): logits = u + (w + 1)(c - u), u with the prompt masked; doubles the NFE
 
     def __post_init__(self):
@@ -653,7 +654,6 @@ class Sampler:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
-
 
     @property
     def by_margin(self) -> bool:
@@ -683,12 +683,13 @@ class View:
 
     def __init__(self, model: Transformer, canvas: Tensor, lengths: Tensor, block: int, cache: str = "exact", fixed: bool = False,
                  hidden: Tensor | None = None):  # fmt: skip
-        self.model, self.canvas, self.lengths, self.block, self.kind, self.fixed, self.hidden = model, canvas, lengths, block, cache, fixed, hidden
+        self.model, self.canvas, self.lengths, self.block = model, canvas, lengths, block
+        self.kind, self.fixed, self.hidden = cache, fixed, hidden
         cached, E = bool(model.config.block_size) or cache != "exact", model.embedding
         self.cache = KVCache(model.config, *canvas.shape, E.device, model.head.dtype) if cached else None
-        if fixed and cached:  # a CUDA graph may write to tensors whose place it can rely on
-            torch._dynamo.mark_static_address(self.cache.k)
-            torch._dynamo.mark_static_address(self.cache.v)
+        if fixed and cached and E.device.type == "cuda":  # a CUDA graph may write to tensors that stay where they are
+            for store in (self.cache.k, self.cache.v):
+                torch._dynamo.mark_static_address(store, guard=False)  # guarded, every new cache would be compiled for anew
         self.begun = torch.full_like(lengths, -1)  # (B,) where the block begins that a row's last forward was for
 
     def window(self, rows: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
@@ -707,12 +708,15 @@ class View:
         """Logits (N, V) at the masked cells (N, 2) = (row, column) of the blocks [start, stop), each (B,), given their residual."""
         model, device = self.model, delta.device
         rows, index = cells[:, 0].unique(return_inverse=True)  # only rows with something to predict take part: (n,), (N,)
-        if self.fixed:
-            rows, index = torch.arange(len(self.canvas)), cells[:, 0]
         oldest, end = self.window(rows, start[rows], stop[rows])
+        if self.fixed:  # the other rows take part with nothing in their windows
+            oldest, end = (stop.index_copy(0, rows, x) for x in (oldest, end))
+            rows, index = torch.arange(len(self.canvas)), cells[:, 0]
         width = int((end - oldest).max())  # one for all rows, aligned on the right
-        if self.fixed and self.cache is not None:
-            width = self.block << (-(-width // self.block) - 1).bit_length()
+        if self.fixed and self.cache is not None:  # a power of two of blocks, or all of the canvas; and the token before under logit_shift
+            shift, whole = int(model.config.logit_shift), -(-self.canvas.shape[1] // self.block)
+            blocks = -(-(width - shift) // self.block)
+            width = min(1 << (blocks - 1).bit_length(), whole) * self.block + shift
         positions = end[:, None] - width + torch.arange(width)  # (n, W), before oldest = padding
         at = positions.clamp(min=0)
         tokens = self.canvas[rows[:, None], at]  # (n, W)
@@ -737,11 +741,9 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None, entropy:
 
     Doubt is p2 - p1 for a sampler that ranks by margin, else the entropy in nats if it, or the caller, wants that, else 0.
     """
-    N, V = logits.shape
-    token = torch.empty(N, device=logits.device, dtype=torch.long)
-    confidence, doubt = logits.new_empty(N, dtype=torch.float32), logits.new_zeros(N, dtype=torch.float32)
-    for rows in tiles(logits):
-        z, p = softmax(logits[rows])  # (n, V)
+    V, parts = logits.shape[1], []
+    for (tile,) in tiles(logits):
+        z, p = softmax(tile)  # (n, V)
         if s.temperature == 0:
             chosen = p.argmax(-1)  # (n,)
         else:
@@ -753,12 +755,14 @@ def draw(logits: Tensor, s: Sampler, generator: torch.Generator | None, entropy:
             race = torch.empty_like(values).exponential_(generator=generator)  # argmax q / Exp(1) is a draw from q
             chosen = (values.softmax(-1) / race).argmax(-1, keepdim=True)
             chosen = (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
-        token[rows], confidence[rows] = chosen, p.gather(-1, chosen[:, None])[:, 0]
         if s.by_margin:
-            doubt[rows] = p.topk(2).values.diff(dim=-1)[:, 0]
+            doubt = p.topk(2).values.diff(dim=-1)[:, 0]
         elif entropy or "entropy" in (s.rule, s.certainty):
-            doubt[rows] = entropy_of(z, p)
-    return token, confidence, doubt
+            doubt = entropy_of(z, p)
+        else:
+            doubt = p.new_zeros(len(p))
+        parts.append((chosen, p.gather(-1, chosen[:, None])[:, 0], doubt))
+    return tuple(torch.cat(x) for x in zip(*parts))
 
 
 def choose(s: Sampler, cells: Tensor, confidence: Tensor, doubt: Tensor, quota: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -815,8 +819,10 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     sub-block), the masks after it become pad_id. Raises ValueError for a canvas or a sampler that do not fit the model.
     """
     c, s, device, canvas = model.config, sampler, model.embedding.device, canvas.cpu()  # what lies where is small, and kept on the host
-    if canvas.dim() != 2 or not canvas.numel() or not bool(((canvas >= 0) & (canvas < c.vocab_size)).all()):
-        raise ValueError(f"a canvas holds ids below {c.vocab_size} in (B, T), both at least 1; this one is {tuple(canvas.shape)}")
+    if canvas.dim() != 2 or not canvas.numel():
+        raise ValueError(f"a canvas is (B, T), both at least 1; this one is {tuple(canvas.shape)}")
+    if not 0 <= int(canvas.min()) <= int(canvas.max()) < c.vocab_size:
+        raise ValueError(f"the ids of a canvas are below {c.vocab_size}; this one has {int(canvas.min())} to {int(canvas.max())}")
     B, T = canvas.shape
     lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
     if bool((lengths > T).any()):
@@ -1016,9 +1022,8 @@ class Trajectories:
 
         def read(logits: Tensor) -> tuple[Tensor, ...]:
             """What a denoising step takes from them: alpha and Delta to carry, confidence and entropy to commit by."""
-            with torch.set_grad_enabled(self.window > 1):
-                _, confidence, entropy = draw(logits.detach(), Sampler(), generator, entropy=residual.reads_entropy)
-                return *residual(logits, E, entropy if residual.reads_entropy else None, grad=self.window > 1), confidence, entropy
+            _, confidence, entropy = draw(logits.detach(), Sampler(), generator, entropy=residual.reads_entropy)
+            return *residual(logits, E, entropy if residual.reads_entropy else None, grad=self.window > 1), confidence, entropy
 
         nll, alpha, delta, confidence, entropy = row_losses(model, rows, s["tokens"][where], read)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) the noise level that each document is at

@@ -672,6 +672,7 @@ def main() -> None:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler, and there is no g++ here: install it, or name another in the variable CXX")
         for model in {loaded.model, control.model, warm} - {None}:
+            torch._dynamo.config.cache_size_limit = 64  # graphs of one function, by all models and shapes together; 8 are too few
             # Rows and windows vary from step to step: one graph for all of them. A CUDA graph has one shape: few shapes, a graph for each.
             model.compile(dynamic=not sampler.fixed_shapes, mode="reduce-overhead" if device.type == "cuda" else None)
 

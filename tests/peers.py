@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rcd import Config, Transformer, block_causal_mask
+from rcd import Config, Transformer
 from zoo.tokenizer import bytes_tokenizer
+
+
+def block_causal_mask(q_pos: Tensor, k_pos: Tensor, block_size: int) -> Tensor:
+    """A query sees every key whose block is not later than its own. q_pos (B, T), k_pos (B, S) absolute -> (B, T, S) bool."""
+    return k_pos[:, None, :] // block_size <= q_pos[:, :, None] // block_size
 
 
 class GPT(nn.Module):

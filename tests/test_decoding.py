@@ -12,6 +12,7 @@ import torch
 import transformers
 from test_zoo import LLADA, LLADA2, MASK, SIZES, glm, llada2_tensors, llada_tensors, randomise, their_logits, write
 
+import peers
 import rcd
 import zoo
 
@@ -234,7 +235,7 @@ def test_bd3lm_pads_on_the_left(tmp_path):
     with torch.no_grad():  # the padded original: blocks of [5 (behind 3 pads), 8, 8 masks], positions without the pads
         model, at = loaded.model, torch.arange(21)[None]
         x = model.embed(torch.tensor([other + [MASK] * 8]))
-        padded = model.logits(model(x, at, rcd.block_causal_mask(at + 3, at + 3, 8)[:, None])[0, 13:14]).softmax(-1)[0]
+        padded = model.logits(model(x, at, peers.block_causal_mask(at + 3, at + 3, 8)[:, None])[0, 13:14]).softmax(-1)[0]
     assert (z - padded).abs().max() > 0.01
 
 

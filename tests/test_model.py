@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import peers
 import rcd
 from rcd import Config, Transformer
 from zoo import files
@@ -81,10 +82,10 @@ def test_logits_equal_transformers(family, kv, tied):
     full = compare(None, additive([[True] * T] * T))
     for b in (2, 4, 5):
         blocks = compare(
-            rcd.block_causal_mask(positions, positions, b)[:, None], additive([[k // b <= q // b for k in range(T)] for q in range(T)])
+            peers.block_causal_mask(positions, positions, b)[:, None], additive([[k // b <= q // b for k in range(T)] for q in range(T)])
         )
         assert not torch.allclose(blocks, full)
-    compare(rcd.block_causal_mask(positions, positions, 1)[:, None], None)  # blocks of one token: what their library does by itself
+    compare(peers.block_causal_mask(positions, positions, 1)[:, None], None)  # blocks of one token: what their library does by itself
     compare(None, additive([[True] * T] * T), positions=positions * 3 + 7)  # positions are what RoPE says, not the index
 
     soft = torch.randn(2, T, c.d_model, generator=torch.Generator().manual_seed(2))
@@ -219,7 +220,7 @@ def test_recomputed_layers_give_the_same_gradients(tiny):
 def test_cache_in_pieces_gives_what_a_whole_forward_gives(tiny):
     model, b, positions = tiny(), 3, torch.arange(9)[None]
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
-    whole = model(x, positions, rcd.block_causal_mask(positions, positions, b)[:, None])
+    whole = model(x, positions, peers.block_causal_mask(positions, positions, b)[:, None])
     cache = rcd.KVCache(model.config, 2, 9, x.device, x.dtype)
     for begin, end, noise in (
         (0, 3, 0),
@@ -229,7 +230,7 @@ def test_cache_in_pieces_gives_what_a_whole_forward_gives(tiny):
     ):  # a block is rewritten until it is clean, a window begins anywhere
         at = positions[:, begin:end].repeat(2, 1)
         cache.point_at(torch.arange(2), at, end)
-        mask = rcd.block_causal_mask(at, torch.arange(end)[None], b)[:, None]
+        mask = peers.block_causal_mask(at, torch.arange(end)[None], b)[:, None]
         part = model(x[:, begin:end] + noise, at, mask, cache)
     torch.testing.assert_close(part, whole[:, 1:], atol=1e-5, rtol=1e-5)
 
@@ -390,11 +391,10 @@ def test_a_save_that_fails_keeps_the_model_that_was_there(tiny, tmp_path, monkey
 
 
 @pytest.mark.parametrize("n", [1, 512, 513, 640, 1000])
-def test_rows_are_evened_without_a_trace(tiny, n):
+def test_spare_rows_leave_no_trace(tiny, n):
     """Few sizes of matrix products, at most an eighth more rows, and nobody sees them."""
-    model, rows = tiny(), torch.randn(n, 16)
-    padded = len(rcd.evened(rows))
-    assert padded - n < max(1, n / 8) and (padded % 64 == 0 or n <= 512)
+    model, rows, spare = tiny(), torch.randn(n, 16), rcd.spare_rows(n, torch.device("cpu"))
+    assert spare < max(1, n / 8) and ((n + spare) % 64 == 0 or n <= 512) and rcd.spare_rows(n, torch.device("cuda")) == 0
     with torch.no_grad():
         logits = model.logits(rows)
         torch.testing.assert_close(logits, torch.cat([model.logits(row[None]) for row in rows]))

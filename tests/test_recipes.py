@@ -135,6 +135,30 @@ def test_a_trajectory_may_end_within_a_window(tiny):
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("residual", [Residual(weight="fixed", fixed=0.5), Residual(), Residual(weight="1-confidence", terms=3)])
+@pytest.mark.parametrize("window", [1, 3])
+def test_chunks_change_no_step_of_a_trajectory(tiny, monkeypatch, window, residual):
+    """What a step commits and carries is read from the logits of its loss, chunk by chunk; in backward nothing is read again without need."""
+    results, calls, response = [], [], (torch.arange(8) > 1).expand(4, 8)  # two given tokens: on an empty canvas all cells are alike
+    for chunk, tile in ((1 << 25, 1 << 19), (40, 12), (1, 1)):
+        monkeypatch.setattr(rcd, "CHUNK", chunk)
+        monkeypatch.setattr(rcd, "TILE", tile)
+        model, g = tiny(seed=3), torch.Generator().manual_seed(0)
+        t = rcd.Trajectories(model.config, 4, 8, window=window)
+        for _ in range(4):
+            loss = t.loss(model, lambda n, g=g: (torch.randint(MASK, (n, 8), generator=g), response[:n], None), residual, g)
+            read, plain = [], rcd.draw
+            monkeypatch.setattr(rcd, "draw", lambda *a, read=read, plain=plain, **k: (read.append(1), plain(*a, **k))[1])
+            loss.backward()
+            monkeypatch.setattr(rcd, "draw", plain)
+            calls.append(len(read))
+        results.append([loss.detach(), *t.state.values(), *(p.grad for p in model.parameters())])
+    assert window > 1 or not any(calls)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_a_window_hands_its_last_residual_on_without_history(tiny):
     t = rcd.Trajectories(tiny().config, 3, 8, window=2)
     t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))

@@ -83,10 +83,11 @@ def by_loops(logits: list[float], table: list[list[float]], r: Residual) -> tupl
     return alpha, delta
 
 
-@pytest.mark.parametrize("chunk", [1 << 25, 9, 20])  # rows at once: all, one (a chunk is never less than a row), two
+@pytest.mark.parametrize("chunk, tile", [(1 << 25, 1 << 19), (9, 9), (20, 20), (40, 1)])  # rows: all, one (never less), two, a tile of one in a chunk of four
 @pytest.mark.parametrize("weight", rcd.WEIGHTS)
-def test_loops_over_positions_and_vocabulary(weight, chunk, monkeypatch):
+def test_loops_over_positions_and_vocabulary(weight, chunk, tile, monkeypatch):
     monkeypatch.setattr(rcd, "CHUNK", chunk)
+    monkeypatch.setattr(rcd, "TILE", tile)
     generator = torch.Generator().manual_seed(5)
     logits, table = 3 * torch.randn(7, 10, generator=generator), torch.randn(10, 4, generator=generator)
     logits[:, 9] = -INF  # as the model's own: [MASK] is never predicted
@@ -100,6 +101,10 @@ def test_loops_over_positions_and_vocabulary(weight, chunk, monkeypatch):
                 a, d = by_loops(logits[i].tolist(), table.tolist(), r)
                 assert alpha[i].item() == pytest.approx(a, abs=1e-5)
                 assert delta[i].tolist() == pytest.approx(d, abs=1e-4)
+        if weight in ("entropy", "1-entropy"):  # what is given is taken, row by row
+            given = torch.rand(7, generator=generator)
+            a = Residual(weight=weight)(logits, table, given)[0]
+            torch.testing.assert_close(a, given / math.log(10) if weight == "entropy" else 1 - given / math.log(10))
 
 
 def test_row_chunks_cover_every_row_once(monkeypatch):

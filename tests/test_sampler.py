@@ -239,8 +239,8 @@ def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice, fixed):
         whole = [drain(model, torch.tensor([canvas]), replace(s, cache=kind_, block_size=0), r, reference=reference) for kind_ in (cache, "exact")]
         for one, other in zip(*whole, strict=True):  # a block that is the whole canvas leaves nothing to keep
             assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
-            torch.testing.assert_close(one.confidence, other.confidence)
-            torch.testing.assert_close(one.alpha, other.alpha)
+            torch.testing.assert_close(one.confidence, other.confidence, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(one.alpha, other.alpha, atol=1e-4, rtol=1e-4)
     assert apart > 0.01  # it is an approximation: what is kept would have changed
 
 
@@ -255,9 +255,10 @@ def test_fixed_shapes_change_shapes_alone(tiny, monkeypatch, kind, cache, choice
     canvas = torch.tensor([[1] * 5 + [_] * 15, [1, 2] + [_] * 18, [1] * 20, [1] * 8 + [_] + [2] * 8 + [_] * 3])
     lengths = torch.tensor([20, 12, 20, 20])
     plain = drain(model, canvas, s, r, lengths=lengths, reference=reference)
-    model.register_forward_pre_hook(lambda _model, inputs: shapes.add(tuple(inputs[0].shape[:2]) + tuple(inputs[2].shape if inputs[2] is not None else ())))
+    for m in (model, reference):
+        m.register_forward_pre_hook(lambda _model, inputs: shapes.add(tuple(inputs[0].shape[:2]) + tuple(inputs[2].shape if inputs[2] is not None else ())))
     fixed = drain(model, canvas, replace(s, fixed_shapes=True), r, lengths=lengths, reference=reference)
-    assert len(shapes) <= 4 and {shape[0] for shape in shapes} == {4}
+    assert len(shapes) <= 5 and {shape[0] for shape in shapes} == {4}
     for one, other in zip(plain, fixed, strict=True):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe) and torch.equal(one.committed, other.committed)
         torch.testing.assert_close(one.confidence, other.confidence, atol=1e-5, rtol=1e-4)
@@ -416,7 +417,10 @@ def test_a_compiled_forward_gives_the_same_tokens(tiny, fixed):
     plain = drain(model, canvas, s, lengths=torch.tensor([28, 28, 20]))
     model.compile(dynamic=not fixed, fullgraph=True, backend="aot_eager")
     compiled = drain(model, canvas, replace(s, fixed_shapes=fixed), lengths=torch.tensor([28, 28, 20]))
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (3 if fixed else 6)  # torch gives up at 8
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= (3 if fixed else 6)  # torch gives up at 8
+    drain(model, canvas, replace(s, fixed_shapes=fixed), lengths=torch.tensor([28, 28, 20]))  # another cache, no other graph
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert len(plain) == len(compiled) > 10
     for one, other in zip(plain, compiled):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
@@ -606,7 +610,7 @@ def frequencies(s: Sampler, n: int = 20_000) -> torch.Tensor:
 
 
 def test_greedy_draw_confidence_and_entropy(monkeypatch):
-    monkeypatch.setattr(rcd, "CHUNK", 8)
+    monkeypatch.setattr(rcd, "TILE", 8)
     z = torch.cat([logits_of(P), logits_of([0.5, 0.5, 0, 0, 0, 0]), logits_of([0, 0, 0, 0, 0, 1.0])])
     token, confidence, entropy = rcd.draw(z, Sampler(rule="entropy"), None)
     assert token.tolist() in ([1, 0, 5], [1, 1, 5]) and confidence.tolist() == pytest.approx([0.4, 0.5, 1])
@@ -616,7 +620,7 @@ def test_greedy_draw_confidence_and_entropy(monkeypatch):
 @pytest.mark.parametrize("chunk", [1 << 25, 600])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_frequencies_are_the_tempered_distribution(temperature, chunk, monkeypatch):
-    monkeypatch.setattr(rcd, "CHUNK", chunk)
+    monkeypatch.setattr(rcd, "TILE", chunk)
     n = 20_000
     expected = torch.tensor([p ** (1 / temperature) for p in P])
     expected /= expected.sum()
@@ -916,8 +920,9 @@ def test_what_does_not_fit_the_model(tiny):
     for other in (tiny(vocab_size=13), tiny(mask_id=5)):  # they must share a tokenizer
         refused("reference", tiny(), [[_] * 9], Sampler(start="warm"), reference=other)
     refused("lengths", tiny(block_size=4), [[_] * 9], lengths=torch.tensor([10]))
-    for strange in ([[]], [[_, 12]], [[_, -1]]):
-        refused("ids below 12", tiny(), strange)
+    refused("both at least 1", tiny(), [[]])
+    refused("below 12; this one has 11 to 12", tiny(), [[_, 12]])
+    refused("below 12; this one has -1 to 11", tiny(), [[_, -1]])
     with pytest.raises(ValueError, match="number of prompts"):
         generate(tiny(), [], 3)
     next(denoise(tiny(), torch.tensor([[_] * 9]), Sampler(start="warm", carry="none")))  # SeqD has nothing to warm

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import peers
 import rcd
 import zoo
 from zoo import checkpoint, files
@@ -72,7 +73,7 @@ def our_logits(model: rcd.Transformer, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (B, T - 1, V) of the tokens 1 to T - 1, whichever row predicts them."""
     B, T = tokens.shape
     positions, block = torch.arange(T)[None], model.config.block_size
-    mask = rcd.block_causal_mask(positions, positions, block)[:, None] if block else None
+    mask = peers.block_causal_mask(positions, positions, block)[:, None] if block else None
     hidden = model(model.embed(tokens), positions, mask)
     row, column = (i.flatten() for i in torch.meshgrid(torch.arange(B), torch.arange(1, T), indexing="ij"))
     return model.logits(model.rows(hidden, (row, column))).view(B, T - 1, -1)

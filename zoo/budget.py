@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
-from rcd import CHUNK, Config, Layer, SwiGLU, Trajectories, Transformer
+from rcd import CHUNK, FLEX, Config, Layer, SwiGLU, Trajectories, Transformer
 from zoo import checkpoint
 
 if TYPE_CHECKING:
@@ -67,17 +67,18 @@ def memory(model: Transformer, o: "Train", rows: int, remat: bool, length: int, 
     """
     c, parameters, matrices = model.config, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.dim() == 2)
     tokens, masked = length * (2 if c.block_size else 1), bool(c.block_size) or packed  # [noisy | clean]
-    window = o.window if own else 1  # so many steps keep their activations, and a chunk of logits each
-    kept, x = kept_by_layer(model, rows, tokens, masked, device, dtype), 4 * rows * tokens * c.d_model
+    window = o.window if own else 1  # so many steps keep their activations, and their logits if those are one chunk
+    kept, x = kept_by_layer(model, rows, tokens, masked and device.type not in FLEX, device, dtype), 4 * rows * tokens * c.d_model
+    chunk = max(1, CHUNK // c.vocab_size)  # rows
     state = Trajectories(c, o.batch_size * o.pool, length, "meta", packed).state if own else {}
     always = {
         "weights": 4 * parameters, "AdamW": 8 * parameters, "average": 4 * parameters * (o.ema > 0), "reference": reference,
         "trajectories": sum(v.nbytes for v in state.values()),
-        "attention mask": masked * rows * tokens**2 * (device.type != "cuda"),  # flex_attention's there has an entry per tile
+        "attention mask": masked * rows * tokens**2 * (device.type not in FLEX),  # flex_attention's there has an entry per tile
     }  # fmt: skip
     start = {
         "activations": window * c.n_layer * (x if remat else x + kept), f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32),
-        "logits": 12 * window * min(rows * length, max(1, CHUNK // c.vocab_size)) * c.vocab_size + 4 * c.vocab_size * c.d_model,
+        "logits": 12 * (window * rows * length if rows * length <= chunk else chunk) * c.vocab_size + 4 * c.vocab_size * c.d_model,
         "gradients": 4 * parameters * (rows < o.batch_size),
     }  # fmt: skip
     end = {"gradients": 4 * parameters, "activations": x + kept}
