@@ -5,8 +5,8 @@ An experiment is a list of runs, each one command line of train.py, and a list o
 under out/<experiment>/: a finished one is not made again, an interrupted run goes on where it stopped, so the command may be killed and
 typed again, and different seeds may be made side by side in different shells.
 
-What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and
-<experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within them, test items. Nothing is
+What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and,
+unless it is an ablation of many curves, <experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within them, test items. Nothing is
 chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half of the test canvases, an
 experiment the second; what is fitted (fit below) is fitted on validation canvases.
 """
@@ -138,8 +138,8 @@ EXPERIMENTS = {
          for size, run, reference in (("smaller", "-small", "small"), ("same", "", "seqd"), ("larger", "-large", "large"))],
     ),
     "blocks": ablation(
-        "decoding block by block, the canvas's 36 cells in blocks of 6, 12 and 18 (bidirectional attention)", {"fixed-0.5": f"{BEST} {FIXED}"},
-        [Curve(f"{label}, block {b}", name, {"carry": carry, "block_size": b}) for b in (6, 12, 18)
+        "decoding block by block, the canvas's 36 cells in blocks of 9, 12 and 18 (bidirectional attention)", {"fixed-0.5": f"{BEST} {FIXED}"},
+        [Curve(f"{label}, block {b}", name, {"carry": carry, "block_size": b}) for b in (9, 12, 18)
          for label, name, carry in (("SeqD", "seqd", "none"), ("RCD", "fixed-0.5", "residual"))] + [Curve("RCD", "fixed-0.5")],
     ),
     "block-causal": Experiment(
@@ -336,13 +336,15 @@ def plot(curves: list[list[dict]], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), (("threshold", "confidence threshold"), ("static", "step budget"))):
+        drawn = []
         for k, rows in enumerate(curves):
             curve = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["nfe"])
             x = [r["nfe"] for r in curve]
+            drawn += x
             axes.plot(x, [100 * r["accuracy"] for r in curve], "o-", color=f"C{k}", label=rows[0]["label"])
             axes.fill_between(x, *[[100 * r["interval"][i] for r in curve] for i in (0, 1)], color=f"C{k}", alpha=0.15)
         axes.set(title=name, xlabel="forward passes per canvas (NFE)", xscale="log")
-        ticks = [t for t in (1, 2, 3, 4, 6, 9, 13, 20, 32) if min(x) * 0.9 <= t <= max(x) * 1.1]
+        ticks = [t for t in (1, 2, 3, 4, 6, 9, 13, 20, 32) if min(drawn) * 0.9 <= t <= max(drawn) * 1.1]
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -378,7 +380,8 @@ def main() -> None:
             *summary(curves, e.within), "", *(table_by_curve if e.by_curve else table)(curves), "", *(f"{c[0]['label']}: {', '.join(map(str, c[0]['fitted']))}, by seed" for c in curves if "fitted" in c[0])]  # fmt: skip
     write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": list(dict.fromkeys(commands)), "curves": curves}, indent=1) + "\n"))
     write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
-    plot(curves, HERE / f"{o.name}.png", e.about)
+    if not e.by_curve:
+        plot(curves, HERE / f"{o.name}.png", e.about)
     print("\n".join(text))
 
 
