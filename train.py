@@ -101,7 +101,7 @@ PRESETS = {  # what a 0 above stands for: the first runs in minutes on a laptop'
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500, "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }
 # The weight of the residual where --weight does not say: Algorithm 1 has the entropy's. On trajectories a fixed half is better, because the
-# entropy weighs down just what is nearly sure but not committed yet (measured: README, the table of remedies).
+# entropy weighs down just what is nearly sure but not committed yet (measured: README, the table of weights).
 WEIGHT = {"trajectory": {"weight": "fixed", "fixed": 0.5}, "paper": {"weight": "entropy"}, "earlier": {"weight": "fixed", "fixed": 0.5}}
 
 

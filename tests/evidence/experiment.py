@@ -5,10 +5,10 @@ An experiment is a list of runs, each one command line of train.py, and a list o
 under out/<experiment>/: a finished one is not made again, an interrupted run goes on where it stopped, so the command may be killed and
 typed again, and different seeds may be made side by side in different shells.
 
-What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and,
-unless it is an ablation of many curves, <experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within them, test items. Nothing is
-chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half of the test canvases, an
-experiment the second; what is fitted (fit below) is fitted on validation canvases.
+What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and, unless it is an
+ablation of many curves, <experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within
+them, test items. Nothing is chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half of
+the test canvases, an experiment the second; what is fitted (fit below) is fitted on validation canvases.
 """
 
 import argparse
