@@ -1,16 +1,19 @@
 """Data sets: `data/<name>/prepare.py` writes token files once, `load(name)` opens them.
 
-A prepared folder holds train.npy, val.npy and test.npy (uint16, or uint32 above 65,536 tokens), tokenizer.json and meta.json. Two kinds:
+A prepared folder holds train.npy, val.npy and test.npy (uint16, or uint32 above 65,536 tokens),
+tokenizer.json and meta.json. Two kinds:
 - "stream": 1-D (T,), a running text from which the trainer cuts windows;
-- "examples": 2-D (N, L), one canvas per row, and beside it <split>_response.npy (bool, same shape): True where the model must fill the
-  position (it may be masked), False where it is shown (the prompt, given cells). Padding with <eos> belongs to the response.
-  A packed split (`prepare.py --pack`, never test) has several documents in a row and <split>_segments.npy (uint16, same shape): the
-  number of the document in its row, from 1, and 0 for padding, which is no response.
+- "examples": 2-D (N, L), one canvas per row, and beside it <split>_response.npy (bool, same shape): True
+  where the model must fill the position (it may be masked), False where it is shown (the prompt, given
+  cells). Padding with <eos> belongs to the response. A packed split (`prepare.py --pack`, never test) has
+  several documents in a row and <split>_segments.npy (uint16, same shape): the number of the document in
+  its row, from 1, and 0 for padding, which is no response.
 A set that is for evaluation only has nothing but test.npy; its meta.json lists no other split.
 
-A task with a right answer defines `check(filled, solution, given) -> bool` in its prepare.py. All three are decoded canvases of L tokens:
-`filled` is what the model produced, `solution` the reference, `given` the reference with "_" at every position the model had to fill.
-Special tokens appear by name ("<eos>"). `Dataset.correct` makes the three from token ids.
+A task with a right answer defines `check(filled, solution, given) -> bool` in its prepare.py. All three are
+decoded canvases of L tokens: `filled` is what the model produced, `solution` the reference, `given` the
+reference with "_" at every position the model had to fill. Special tokens appear by name ("<eos>").
+`Dataset.correct` makes the three from token ids.
 """
 import contextlib
 import importlib
@@ -50,13 +53,14 @@ class Dataset:
         return _open(self.folder / f"{split}_response.npy") if self.meta["kind"] == "examples" else None
 
     def segments(self, split: str) -> np.memmap | None:
-        """(N, L) uint16, number of the document in its row from 1, 0 = padding; None if the split is not packed."""
+        """(N, L) uint16, number of the document in its row from 1, 0 = padding; None if not packed."""
         self._expect(split)
         return _open(self.folder / f"{split}_segments.npy") if split in self.meta.get("packed", ()) else None
 
     def _expect(self, split: str) -> None:
         if split not in self.meta["splits"]:
-            raise ValueError(f"the data set {self.name} has no {split} split, only {', '.join(self.meta['splits'])}")
+            there = ", ".join(self.meta["splits"])
+            raise ValueError(f"the data set {self.name} has no {split} split, only {there}")
 
     def text(self, ids, mask: str = "_") -> str:
         """The canvas (L,) as one string, as `check` takes it."""
@@ -71,7 +75,7 @@ class Dataset:
         return self.layout(self.text(ids, mask))
 
     def correct(self, filled, solution, response) -> bool:
-        """`check` on token ids, each (L,): the model's canvas, the reference, and where the model had to fill."""
+        """`check` on token ids, each (L,): the model's canvas, the reference, where the model had to fill."""
         given = np.where(np.asarray(response), self.mask_id, np.asarray(solution))
         return self.check(self.text(filled), self.text(solution), self.text(given))
 
@@ -82,18 +86,20 @@ def names() -> list[str]:
 
 
 def load(name: str | Path) -> Dataset:
-    """Open a data set by its name, or by the folder it was written to (`prepare.py --out`). A generated one that is absent is made first.
+    """A data set by its name, or by its folder (`prepare.py --out`). A generated one is made if it is absent.
 
-    Raises FileNotFoundError (with the command to type) for one that must be downloaded, ValueError for an unknown name or damaged files."""
+    Raises FileNotFoundError (with the command to type) for one that must be downloaded, ValueError for an
+    unknown name or damaged files."""
     named = str(name) in names()
     folder = HERE / name if named else Path(name)
     if not (folder / "meta.json").is_file():
         if not named:
-            raise ValueError(f"no data set {str(name)!r}: choose one of {', '.join(names())}, or a folder with a meta.json")
-        prepare = importlib.import_module(f"data.{name}.prepare")
+            known = f"choose one of {', '.join(names())}, or a folder with a meta.json"
+            raise ValueError(f"no data set {str(name)!r}: {known}")
+        prepare, command = importlib.import_module(f"data.{name}.prepare"), f"`python data/{name}/prepare.py`"
         if prepare.SOURCE != "generated":
-            raise FileNotFoundError(f"data set {name} is not prepared: run `python data/{name}/prepare.py` first")
-        print(f"data set {name} is not prepared yet: running `python data/{name}/prepare.py`", file=sys.stderr)
+            raise FileNotFoundError(f"data set {name} is not prepared: run {command} first")
+        print(f"data set {name} is not prepared yet: running {command}", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):  # a caller's own output stays clean
             prepare.main([])
     try:
@@ -108,7 +114,8 @@ def _checked(folder: Path) -> Dataset:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT or meta["name"] not in names():
         known = f"format {FORMAT} of {', '.join(names())}"
-        raise ValueError(f"meta.json is of format {meta['format']}, task {meta['name']!r}; this version reads {known}")
+        found = f"format {meta['format']}, task {meta['name']!r}"
+        raise ValueError(f"meta.json is of {found}; this version reads {known}")
     prepare = importlib.import_module(f"data.{meta['name']}.prepare")
     dataset = Dataset(folder, meta, tokenizers.load(folder), prepare.check, getattr(prepare, "layout", str))
     if dataset.tokenizer.fingerprint != meta["tokenizer"]:
@@ -118,8 +125,10 @@ def _checked(folder: Path) -> Dataset:
     for split, count in meta["splits"].items():
         tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
         shape = (count,) if response is None else (count, meta["length"])
-        if tokens.shape != shape or (response is not None and (response.shape != shape or response.dtype != bool)):
-            raise ValueError(f"{split}: meta.json says {shape}, {split}.npy or {split}_response.npy is something else")
+        other = response is not None and (response.shape != shape or response.dtype != bool)
+        if tokens.shape != shape or other:
+            arrays = f"{split}.npy or {split}_response.npy"
+            raise ValueError(f"{split}: meta.json says {shape}, {arrays} is something else")
         if tokens.dtype.kind != "u" or tokens.max() >= meta["vocab_size"]:
             raise ValueError(f"{split}.npy has ids outside the vocabulary of {meta['vocab_size']}")
         if segments is not None:
@@ -130,13 +139,15 @@ def _checked(folder: Path) -> Dataset:
 
 
 def _check_segments(split: str, segments: np.ndarray, response: np.ndarray) -> None:
-    """Rows must read 1 .. 1, 2 .. 2, ..., 0 .. 0, with no response at 0. Rows are looked at in parts: a split may be larger than memory."""
+    """Rows must read 1 .. 1, 2 .. 2, ..., 0 .. 0, with no response at 0. Raises ValueError."""
+    # in parts: a split may be larger than memory
     for start in range(0, len(segments), 64):
         part, filled = segments[start : start + 64].astype(np.int32), response[start : start + 64]
         step = np.diff(part, axis=1)  # (n, L - 1)
         counts = (step == 0) | (step == 1) & (part[:, :-1] > 0) | (part[:, 1:] == 0)
         if (part[:, 0] != 1).any() or not counts.all() or (filled & (part == 0)).any():
-            raise ValueError(f"{split}_segments.npy does not count the documents of a row from 1, or has a response in padding")
+            wrong = "does not count the documents of a row from 1, or has a response in padding"
+            raise ValueError(f"{split}_segments.npy {wrong}")
 
 
 def _open(path: Path) -> np.memmap:

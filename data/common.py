@@ -1,12 +1,15 @@
-"""What the prepare.py files share: the command line, reading a source, drawing examples into disjoint splits, questions and answers as
-documents (chat formatting, packing), and writing without halves.
+"""What the prepare.py files share: the command line, reading a source, drawing examples into disjoint
+splits, questions and answers as documents (chat formatting, packing), and writing without halves.
 
-meta.json is removed before the first array is written and comes back last, so an interrupted preparation leaves nothing that loads.
+meta.json is removed before the first array is written and comes back last, so an interrupted preparation
+leaves nothing that loads.
 
-A document is a question, shown, and its answer with the end token, to be filled in. Unpacked, it has a row of its own, and the end token
-fills the row: it belongs to the response, so a model learns where to stop, as LLaDA does. Packed, documents that fit share a row, none is
-split; <split>_segments.npy (N, L) numbers them from 1, and the rest of a row is padding, number 0, that nobody learns. A block-causal model
-fills whole blocks: --block=b pads every document with the end token, as response, to a multiple of b, so each starts on a block's boundary.
+A document is a question, shown, and its answer with the end token, to be filled in. Unpacked, it has a row
+of its own, and the end token fills the row: it belongs to the response, so a model learns where to stop, as
+LLaDA does. Packed, documents that fit share a row, none is split; <split>_segments.npy (N, L) numbers them
+from 1, and the rest of a row is padding, number 0, that nobody learns. A block-causal model fills whole
+blocks: --block=b pads every document with the end token, as response, to a multiple of b, so each starts on
+a block's boundary.
 """
 import argparse
 import hashlib
@@ -20,24 +23,26 @@ from pathlib import Path
 
 import numpy as np
 from tiktoken_ext import openai_public
-from tqdm import tqdm
 
 from data import FORMAT, SPLITS, load
 from zoo import read_json
 from zoo import tokenizer as tokenizers
 from zoo.files import write_atomic
+from zoo.progress import progress
 from zoo.templates import TEMPLATES, encode_answers
 from zoo.tokenizer import ORIGINALS, Tokenizer
+from zoo.tools import command
 
 SPECIALS = ["<eos>", "<mask>"]  # of the tokenizers that have none of their own
 OPEN_ROWS = 64  # rows that wait for a document that fits
 
 
-def options(doc: str, file: str) -> argparse.ArgumentParser:
+def options(doc: str, file: str) -> command.Parser:
     """A parser whose --help teaches: the module's docstring, then every option with its default."""
     style = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path(file).resolve().parent, help="folder to write to (load() takes its path)")
+    parser = command.Parser(doc, style)
+    folder = Path(file).resolve().parent
+    parser.add_argument("--out", type=Path, default=folder, help="folder to write to (load() takes its path)")
     return parser
 
 
@@ -49,17 +54,12 @@ def sizes(parser: argparse.ArgumentParser, train: int, val: int = 1000, test: in
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Entry point of a script: a user's mistake is one line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted: the data set is not prepared", file=sys.stderr) or 130)
+    """Entry point of a prepare.py: main(the command line), and a user's mistake is one line on stderr."""
+    command.run(lambda: main(sys.argv[1:]), interrupted="interrupted: the data set is not prepared")
 
 
 def read_text(source: str, what: str) -> str:
-    """The UTF-8 text of a file or an http(s) address, whole or not at all. Raises one-line ValueError or OSError."""
+    """The UTF-8 text of a file or an http(s) address. Raises ValueError or OSError in one line."""
     raw = _download(source) if source.startswith(("http://", "https://")) else Path(source).read_bytes()
     try:
         text = raw.decode("utf-8")
@@ -77,38 +77,42 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+            with progress(size or None, url.rsplit("/", 1)[-1], "B") as bar:
                 while chunk := reply.read(1 << 16):
                     raw += chunk
                     bar.update(len(chunk))
     except OSError as error:
-        raise ValueError(f"cannot download {url} ({error}): fetch it another way and pass --source") from error
+        instead = "fetch it another way and pass --source"
+        raise ValueError(f"cannot download {url} ({error}): {instead}") from error
     if len(raw) < size:
         raise ValueError(f"the download of {url} broke off at {len(raw):,} of {size:,} bytes: try again")
     return bytes(raw)
 
 
 def split_of(key: str, share: float = 0.05) -> str:
-    """"val" or "test" (a `share` each) or "train", decided by the hash of what makes a problem the same problem. No seed enters, so the
-    training set of one seed and the test set of another are disjoint too."""
+    """"val" or "test" (a `share` each) or "train", decided by the hash of what makes a problem the same
+    problem. No seed enters, so the training set of one seed and the test set of another are disjoint
+    too."""
     part = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") / 2**32
     return "test" if part < share else "val" if part < 2 * share else "train"
 
 
-Examples = tuple[np.ndarray, ...]  # tokens (N, L), response (N, L) bool and, of a packed split, segments (N, L)
+Examples = tuple[np.ndarray, ...]  # tokens (N, L), response (N, L) bool and, if packed, segments (N, L)
+Drawn = Iterator[tuple[list[str], np.ndarray, np.ndarray]]  # keys (n), tokens (n, L), response (n, L)
 
 
-def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Iterator[tuple[list[str], np.ndarray, np.ndarray]]]
-            ) -> dict[str, Examples]:
-    """Take batches (keys, tokens (n, L), response (n, L)) from `draws(rng)` until every split has its number of distinct examples.
+def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Drawn]) -> dict[str, Examples]:
+    """Take batches (keys, tokens (n, L), response (n, L)) from `draws(rng)` until every split has its
+    number of distinct examples.
 
-    Examples with equal keys fall into the same split (`split_of`). Raises ValueError when the task has too few problems."""
+    Examples with equal keys fall into the same split (`split_of`). Raises ValueError when the task has too
+    few problems."""
     wanted = {split: getattr(args, split) for split in SPLITS}
     if min(wanted.values()) < 1:
         raise ValueError("--train, --val and --test must be at least 1")
     batches = draws(np.random.default_rng(args.seed))
     seen, rows, idle = set(), {split: [] for split in SPLITS}, 0
-    with tqdm(total=sum(wanted.values()), desc="examples", unit="") as bar:
+    with progress(sum(wanted.values()), "prepare", "examples") as bar:
         while any(len(rows[split]) < wanted[split] for split in SPLITS):
             before = bar.n
             for key, tokens, response in zip(*next(batches)):
@@ -120,22 +124,27 @@ def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Ite
             idle = idle + 1 if bar.n == before else 0
             if idle == 20:
                 short = next(split for split in SPLITS if len(rows[split]) < wanted[split])
-                raise ValueError(f"found only {len(rows[short])} distinct examples for --{short}: ask for fewer, or for larger problems")
-    return {split: (np.stack([t for t, _ in pairs]), np.stack([r for _, r in pairs])) for split, pairs in rows.items()}
+                found = f"found only {len(rows[short])} distinct examples for --{short}"
+                raise ValueError(f"{found}: ask for fewer, or for larger problems")
+    return {split: tuple(np.stack(arrays) for arrays in zip(*pairs)) for split, pairs in rows.items()}
 
 
 # ---- documents: questions and answers in tokens, one per row or packed
 
-def document_options(parser: argparse.ArgumentParser, length: int, explained: str = "tokens of a row; longer examples are dropped", *,
-                     pack: bool = True) -> None:  # fmt: skip
+def document_options(parser: argparse.ArgumentParser, length: int, *, pack: bool = True,
+                     explained: str = "tokens of a row; longer examples are dropped") -> None:  # fmt: skip
     """What `Documents` reads. pack=False: of a set that is for evaluation only."""
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=0, help="keep this many tokens of a BPE, in merge order; 0 = all")
+    parser.add_argument("--vocab_size", type=int, default=0,
+                        help="keep this many tokens of a BPE, in merge order; 0 = all")
     parser.add_argument("--length", type=int, default=length, help=explained)
-    parser.add_argument("--chat", default="", help=f"chat template: {', '.join(TEMPLATES)}, or auto = that of the folder's model")
+    templates = f"{', '.join(TEMPLATES)}, or auto = that of the folder's model"
+    parser.add_argument("--chat", default="", help=f"chat template: {templates}")
     if pack:
-        parser.add_argument("--pack", action="store_true", help="several whole documents in a row of train.npy and val.npy")
-        parser.add_argument("--block", type=int, default=1, help="with --pack: documents start at multiples of it; a model's block_size")
+        parser.add_argument("--pack", action="store_true",
+                            help="several whole documents in a row of train.npy and val.npy")
+        parser.add_argument("--block", type=int, default=1,
+                            help="with --pack: documents start at multiples of it, a model's block_size")
 
 
 def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
@@ -144,11 +153,14 @@ def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
         tokenizer = tokenizers.load(name)
         if not size:  # the folder's own ids, for a model that has them
             config = Path(name, "tokenizer_config.json")
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else "<eos>"
+            eos = "<eos>"
+            if config.is_file():
+                eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
             eos = eos["content"] if isinstance(eos, dict) else eos
             mask = next((special for special in tokenizer.specials if "mask" in special.lower()), None)
             if mask is None or eos not in tokenizer.specials:
-                raise ValueError(f"the tokenizer in {name} has no mask or no end token of its own: pass --vocab_size to add them")
+                lacks = "has no mask or no end token of its own: pass --vocab_size to add them"
+                raise ValueError(f"the tokenizer in {name} {lacks}")
             return tokenizer, tokenizer.specials[mask], tokenizer.specials[eos]
         if not isinstance(tokenizer, tokenizers.BPETokenizer):
             raise ValueError(f"the tokenizer in {name} is not a BPE: leave --vocab_size away")
@@ -158,7 +170,8 @@ def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
         try:
             ranks = openai_public.gpt2()["mergeable_ranks"]
         except (OSError, ValueError) as error:
-            print(f"tiktoken cannot fetch its gpt2 files ({type(error).__name__}): using bytes instead", file=sys.stderr)
+            reason = type(error).__name__
+            print(f"tiktoken cannot fetch its gpt2 files ({reason}): using bytes instead", file=sys.stderr)
             return tokenizer_of("bytes", 0)
         merged = dict(sorted(ranks.items(), key=lambda item: item[1]))
         tokenizer, size = tokenizers.BPETokenizer(merged, [tokenizers.GPT2], {}), size or len(merged)
@@ -169,9 +182,10 @@ def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
 
 
 def template_of(folder: str, tokenizer: Tokenizer) -> str:
-    """The chat template of the model in a folder: its family's, or of one trained here, that of its origin."""
+    """The chat template of the model in a folder: its family's, or that of the model it was trained from."""
     if not Path(folder).is_dir():
-        raise ValueError(f"--chat auto asks the model in the folder --tokenizer, {folder} is none: choose one of {', '.join(TEMPLATES)}")
+        asked = f"--chat auto asks the model in the folder --tokenizer, {folder} is none"
+        raise ValueError(f"{asked}: choose one of {', '.join(TEMPLATES)}")
     if read_json(Path(folder, "config.json")).get("model_type") == "rcd":
         template = read_json(Path(folder, "train.json")).get("template")
     else:
@@ -184,22 +198,26 @@ def template_of(folder: str, tokenizer: Tokenizer) -> str:
 
 
 class Documents:
-    """Questions and answers on their way into rows: encoded, filtered by length, split by split, packed if asked.
+    """Questions and answers on their way into rows: encoded, filtered by length, split by split, packed if
+    asked.
 
-    What is done lies in anonymous files beside args.out until it is written, so memory does not grow with the data set."""
+    What is done lies in anonymous files beside args.out until it is written, so memory does not grow with
+    the data set."""
 
     def __init__(self, args: argparse.Namespace):
         self.tokenizer, self.mask_id, self.end_id = tokenizer_of(args.tokenizer, args.vocab_size)
         self.chat, self.block = args.chat, getattr(args, "block", 1)
-        self.packed = ("train", "val") if getattr(args, "pack", False) else ()  # the test split is for evaluation by generating
+        self.packed = ("train", "val") if getattr(args, "pack", False) else ()  # test: one canvas for each
         self.folder = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
         if args.length < 0:
             raise ValueError("--length is a number of tokens, or 0 to choose")
         self.length = args.length or (256 if self.tokenizer.vocab_size > 1000 else 640)
         if self.block < 1 or self.block > 1 and not self.packed:
-            raise ValueError("--block, a number of tokens, goes with --pack: the end token fills an unpacked row anyway")
+            why = "the end token fills an unpacked row anyway"
+            raise ValueError(f"--block, a number of tokens, goes with --pack: {why}")
         if self.packed and (self.length % self.block or self.length >= 1 << 16):
-            raise ValueError(f"--length {self.length} with --pack must be a multiple of --block {self.block}, and below 65,536")
+            must = f"must be a multiple of --block {self.block}, and below 65,536"
+            raise ValueError(f"--length {self.length} with --pack {must}")
         if self.chat == "auto":
             self.chat = template_of(args.tokenizer, self.tokenizer)
         if self.chat:  # the token that ends a turn; a template without one (plain) takes the tokenizer's
@@ -209,14 +227,14 @@ class Documents:
         self.dropped, self.written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
     def _talk(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
-        """The conversation in tokens up to the end of its answer: a line break that the template writes behind it is never generated."""
+        """The conversation in tokens up to the end of its answer, without a line break of the template."""
         talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids, answers = encode_answers(self.tokenizer, self.chat, talk)
         stop = len(ids) - answers[::-1].index(True)
         return ids[:stop], answers[:stop]
 
     def encode(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
-        """(ids, response) of a document, the end token included. Without a template: the question, a line break, the answer."""
+        """(ids, response) of a document with its end token. No template: question, line break, answer."""
         if self.chat:
             ids, response = self._talk(question, answer)
             ended = ids[-1] == self.end_id
@@ -234,8 +252,9 @@ class Documents:
             self.dropped[split] += 1
             return
         if split not in self._rows:
-            kinds = (np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32, bool, *[np.uint16] * (split in self.packed))
-            self._rows[split] = Rows(self.folder, self.length, kinds)
+            ids_type = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+            dtypes = (ids_type, bool, *[np.uint16] * (split in self.packed))
+            self._rows[split] = Rows(self.folder, self.length, dtypes)
             if split in self.packed:
                 self._packers[split] = Packer(self.length, self.block, self.end_id, self._rows[split].write)
         self.written[split] += 1
@@ -253,16 +272,17 @@ class Documents:
 
     def facts(self) -> dict:
         """What meta.json tells about how the rows were made."""
-        chat = {"template": self.chat or None, "packed": list(self.packed), "block": self.block, "documents": self.written}
-        return chat if self.chat or self.packed else {}
+        facts = {"template": self.chat or None, "packed": list(self.packed), "block": self.block}
+        return facts | {"documents": self.written} if self.chat or self.packed else {}
 
 
 class Packer:
-    """First fit in order: a document goes to the first open row that has room. At most OPEN_ROWS are open; then the fullest is written."""
+    """First fit in order: a document goes to the first open row that has room. At most OPEN_ROWS are open,
+    then the fullest is written."""
 
-    def __init__(self, length: int, block: int, end_id: int, write: Callable[[list[int], list[bool], list[int]], None]):
+    def __init__(self, length: int, block: int, end_id: int, write: Callable[..., None]):
         self.length, self.block, self.end_id, self.write = length, block, end_id, write
-        self.open: list[tuple[list[int], list[bool], list[int]]] = []  # tokens, response, segments of a row so far
+        self.open: list[tuple[list[int], list[bool], list[int]]] = []  # tokens, response, segments of a row
 
     def add(self, ids: list[int], response: list[bool]) -> None:
         rest = -len(ids) % self.block
@@ -290,21 +310,22 @@ class Packer:
 
 
 class Rows:
-    """Rows of one split, each a list for every array, in files without a name that vanish with this process."""
+    """Rows of one split, each a list for every array, in files without a name: they vanish by themselves."""
 
     def __init__(self, folder: Path, length: int, dtypes: tuple[type, ...]):
         self.length, self.dtypes, self.count = length, dtypes, 0
         self.files = [tempfile.TemporaryFile(dir=folder) for _ in dtypes]
 
-    def write(self, *parts: list) -> None:
-        for file, part, dtype in zip(self.files, parts, self.dtypes):
-            file.write(np.array(part, dtype).tobytes())
+    def write(self, *columns: list) -> None:
+        for file, column, dtype in zip(self.files, columns, self.dtypes):
+            file.write(np.array(column, dtype).tobytes())
         self.count += 1
 
     def arrays(self) -> Examples:
         for file in self.files:
             file.flush()
-        return tuple(np.memmap(file, dtype, "r", shape=(self.count, self.length)) for file, dtype in zip(self.files, self.dtypes))
+        shape = (self.count, self.length)
+        return tuple(np.memmap(file, dtype, "r", shape=shape) for file, dtype in zip(self.files, self.dtypes))
 
 
 # ---- writing
@@ -321,12 +342,15 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[str, np.ndarray | Examples], *,
                   mask_id: int, eos_id: int | None, source: str, licence: str, argv: list[str], facts: dict,
                   wanted: tuple[str, ...] = SPLITS) -> None:  # fmt: skip
-    """Write arrays, tokenizer and, last, meta.json; then print what was made. `facts` are further entries of meta.json, `wanted` the
-    splits that there must be: a set for evaluation has only "test"."""
+    """Write arrays, tokenizer and, last, meta.json; then print what was made. `facts` are further entries
+    of meta.json, `wanted` the splits that there must be: a set for evaluation has only "test"."""
     examples = isinstance(next(iter(splits.values()), ()), tuple)
-    counts = {split: len(splits[split][0] if examples else splits[split]) if split in splits else 0 for split in wanted}
+    counts = dict.fromkeys(wanted, 0)
+    for split in counts.keys() & splits.keys():
+        counts[split] = len(splits[split][0] if examples else splits[split])
     if min(counts.values()) == 0:
-        raise ValueError(f"nothing is left for {min(counts, key=counts.get)}: the source is too small, or too much was dropped")
+        empty = min(counts, key=counts.get)
+        raise ValueError(f"nothing is left for {empty}: the source is too small, or too much was dropped")
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("meta.json", *ORIGINALS):  # a tokenizer of an earlier preparation may consist of other files
         (folder / old).unlink(missing_ok=True)
@@ -339,11 +363,15 @@ def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[st
         for part, array, kind in zip(("response", "segments"), others, (bool, np.uint16)):
             write_array(folder / f"{split}_{part}.npy", array.astype(kind, copy=False))
     tokenizer.save(folder)
-    meta = {"name": name, "kind": "examples" if examples else "stream", "length": tokens.shape[1] if examples else None,
-            "vocab_size": tokenizer.vocab_size, "mask_id": mask_id, "eos_id": eos_id, "tokenizer": tokenizer.fingerprint, "splits": counts,
-            "source": source, "licence": licence, "command": shlex.join(["python", f"data/{name}/prepare.py", *argv]), **facts,
-            "format": FORMAT}
-    write_atomic(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8"))
+    meta = {
+        "name": name, "kind": "examples" if examples else "stream",
+        "length": tokens.shape[1] if examples else None, "vocab_size": tokenizer.vocab_size,
+        "mask_id": mask_id, "eos_id": eos_id, "tokenizer": tokenizer.fingerprint, "splits": counts,
+        "source": source, "licence": licence,
+        "command": shlex.join(["python", f"data/{name}/prepare.py", *argv]), **facts, "format": FORMAT,
+    }  # fmt: skip
+    text = json.dumps(meta, indent=2) + "\n"
+    write_atomic(folder / "meta.json", lambda path: path.write_text(text, encoding="utf-8"))
     summary(folder)
 
 
@@ -352,7 +380,8 @@ def summary(folder: Path) -> None:
     data = load(folder)
     meta, counts = data.meta, ", ".join(f"{split} {count:,}" for split, count in data.meta["splits"].items())
     print(f"{data.name}: {meta['kind']} in {folder}")
-    unit = "tokens" if meta["kind"] == "stream" else f"{'rows' if meta.get('packed') else 'examples'} of {meta['length']} tokens"
+    rows = "rows" if meta.get("packed") else "examples"
+    unit = "tokens" if meta["kind"] == "stream" else f"{rows} of {meta['length']} tokens"
     print(f"  {counts} {unit}")
     print(f"  vocabulary {meta['vocab_size']:,}, <mask> = {data.mask_id}, <eos> = {data.eos_id}")
     print(f"  source: {meta['source']}; licence: {meta['licence']}")
@@ -361,5 +390,6 @@ def summary(folder: Path) -> None:
     else:
         shown = data.show(data.tokens("test")[0])
         if data.layout is not str:  # a grid does not show by itself what was given
-            shown = data.show(np.where(data.response("test")[0], data.mask_id, data.tokens("test")[0])) + "\nsolved:\n" + shown
+            puzzle = np.where(data.response("test")[0], data.mask_id, data.tokens("test")[0])
+            shown = data.show(puzzle) + "\nsolved:\n" + shown
     print("  for example:\n" + "\n".join("    " + line for line in shown.splitlines()))

@@ -1,7 +1,8 @@
-"""Questions and answers from parquet files or JSON lines, as the hub keeps them: read row by row, written as a data set to train on or to
-evaluate with.
+"""Questions and answers from parquet files or JSON lines, as the hub keeps them: read row by row, written
+as a data set to train on or to evaluate with.
 
-Nothing is held in memory but one row group, and the rows that are being packed. Columns are taken by name, in any of the spellings in use.
+Nothing is held in memory but one row group, and the rows that are being packed. Columns are taken by name,
+in any of the spellings in use.
 """
 import argparse
 import itertools
@@ -9,29 +10,33 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.answers import boxed
 from data.common import Documents, document_options, options, split_of, write_dataset
+from zoo.progress import download_bars, progress
 
 Columns = dict[str, tuple[str, ...]]  # our name of a column -> its spellings
 
 
 def parser_of(doc: str, file: str, length: int, train: bool) -> argparse.ArgumentParser:
     parser = options(doc, file)
-    parser.add_argument("--source", type=Path, nargs="+", help="a folder, or files, of parquet or JSON lines; without it, from the hub")
-    parser.add_argument("--instruction", default="", help=r"put behind every question, e.g. 'Put your final answer within \boxed{}.'")
+    parser.add_argument("--source", type=Path, nargs="+",
+                        help="a folder, or files, of parquet or JSON lines; without it, from the hub")
+    parser.add_argument("--instruction", default="",
+                        help=r"put behind every question, e.g. 'Put your final answer within \boxed{}.'")
     if train:
-        parser.add_argument("--samples", type=int, default=0, help="examples to take, from the beginning; 0 = all")
-        parser.add_argument("--held", type=float, default=0.005, help="share of the problems in val.npy, and again in test.npy")
+        parser.add_argument("--samples", type=int, default=0, help="examples to take, the first; 0 = all")
+        parser.add_argument("--held", type=float, default=0.005,
+                            help="share of the problems in val.npy, and again in test.npy")
         document_options(parser, length)
     else:
-        document_options(parser, length, "tokens of a row: the question and the room for an answer", pack=False)
+        explained = "tokens of a row: the question and the room for an answer"
+        document_options(parser, length, pack=False, explained=explained)
     return parser
 
 
 def source_files(source: list[Path] | None, repo: str, patterns: list[str]) -> list[Path]:
-    """The files to read: those given, those of a folder (the named ones, or else all parquet, or else all JSON lines in it), or the hub's.
+    """The files to read: those given, those of a folder (the named ones, or else all parquet, or else all
+    JSON lines in it), or the hub's.
 
     Raises FileNotFoundError in one line."""
     if source is None:
@@ -40,34 +45,43 @@ def source_files(source: list[Path] | None, repo: str, patterns: list[str]) -> l
         from zoo.hub import one_line
 
         try:
-            source = [Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))]
-        except Exception as error:  # of the network, the hub, its client or the disk: many kinds, and all end here
-            raise FileNotFoundError(f"cannot get {repo} from the hub ({one_line(error)}): fetch it another way and pass --source") from None
+            bars = download_bars()
+            folder = snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, tqdm_class=bars)
+        except Exception as error:  # of the network, the hub, its client or the disk: many kinds
+            reason = f"cannot get {repo} from the hub ({one_line(error)})"
+            raise FileNotFoundError(f"{reason}: fetch it another way and pass --source") from None
+        source = [Path(folder)]
     files = []
     for path in source:
         if path.is_dir():
             found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
-            found = found or sorted(path.glob("*.parquet")) or sorted([*path.glob("*.jsonl"), *path.glob("*.json")])
+            found = found or sorted(path.glob("*.parquet"))
+            found = found or sorted([*path.glob("*.jsonl"), *path.glob("*.json")])
             if not found:
-                raise FileNotFoundError(f"{path} holds no {' or '.join(patterns)}, and no other .parquet or .jsonl file")
+                wanted = f"{' or '.join(patterns)}, and no other .parquet or .jsonl file"
+                raise FileNotFoundError(f"{path} holds no {wanted}")
             files += found
         else:
             files.append(path)
     return files
 
 
-def records(files: list[Path], columns: Columns, optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """(place, record) of every row: `place` for a message, `record` with our names of the columns; those in `optional` may be absent: None.
+def records(files: list[Path], columns: Columns,
+            optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:  # fmt: skip
+    """(place, record) of every row: `place` for a message, `record` with our names of the columns; those in
+    `optional` may be absent: None.
 
     Raises ValueError or OSError in one line."""
     sizes = [_parquet(file).metadata.num_rows if file.suffix == ".parquet" else None for file in files]
-    with tqdm(total=None if None in sizes else sum(sizes), desc="examples", unit="") as bar:
+    with progress(None if None in sizes else sum(sizes), "prepare", "examples") as bar:
         for file in files:
-            for number, row, there in _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_rows(file):
-                names = {name: next((spelling for spelling in columns[name] if spelling in there), None) for name in columns}
+            rows = _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_rows(file)
+            for number, row, there in rows:
+                names = {name: next((s for s in columns[name] if s in there), None) for name in columns}
                 missing = [name for name in columns if names[name] is None and name not in optional]
                 if missing:
-                    raise ValueError(f"{file} has no column {' or '.join(columns[missing[0]])}; it has {', '.join(there) or 'none'}")
+                    wanted, has = " or ".join(columns[missing[0]]), ", ".join(there) or "none"
+                    raise ValueError(f"{file} has no column {wanted}; it has {has}")
                 yield f"{file}, row {number:,}", {name: row.get(spelling) for name, spelling in names.items()}
                 bar.update()
 
@@ -96,7 +110,8 @@ def _parquet_rows(file: Path, columns: Columns) -> Iterator[tuple[int, dict, lis
         try:
             batch = next(batches, None)
         except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise ValueError(f"{file} is damaged after row {number:,}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file} is damaged after row {number:,}: {reason}") from None
         if batch is None:
             return
         for row in batch.to_pylist():
@@ -112,7 +127,8 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict, list[str]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                raise ValueError(f"{file}, line {number:,}: not JSON ({str(error)[:100]}); is the file truncated?") from None
+                reason = f"not JSON ({str(error)[:100]}); is the file truncated?"
+                raise ValueError(f"{file}, line {number:,}: {reason}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file}, line {number:,}: expected JSON lines, with an object on each")
             yield number, row, list(row)
@@ -121,15 +137,19 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict, list[str]]]:
 def texts(place: str, values: list) -> list[str]:
     """The values without those that are null, stripped. Raises ValueError if one is no text."""
     values = [value for value in values if value is not None]
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{place}: expected text, not {str(next(v for v in values if not isinstance(v, str)))[:40]}")
+    others = [value for value in values if not isinstance(value, str)]
+    if others:
+        raise ValueError(f"{place}: expected text, not {str(others[0])[:40]}")
     return [value.strip() for value in values]
 
 
-def write_training_set(args: argparse.Namespace, argv: list[str], name: str, pairs: Iterator[tuple[list[str], list[str]]], **about) -> None:
-    """Write (problem, its right answers) pairs, each with the first answer that fits into a row. Problems decide the split.
+def write_training_set(args: argparse.Namespace, argv: list[str], name: str, *, source: str, licence: str,
+                       pairs: Iterator[tuple[list[str], list[str]]]) -> None:  # fmt: skip
+    """Write (problem, its right answers) pairs, each with the first answer that fits into a row. Problems
+    decide the split.
 
-    Dropped and counted: too long ones, and those without a problem or a right answer that boxes its result: the test of every example."""
+    Dropped and counted: too long ones, and those without a problem or a right answer that boxes its result:
+    the test of every example."""
     if not 0 < args.held < 0.5:
         raise ValueError("--held is a share of the problems, above 0 and below 0.5")
     documents, unusable = Documents(args), 0
@@ -144,19 +164,24 @@ def write_training_set(args: argparse.Namespace, argv: list[str], name: str, pai
         documents.add(split_of(problem[0], args.held), *next(fitting, first))
         if sum(documents.written.values()) == args.samples:
             break
-    facts = {"tokenizer_name": args.tokenizer, "dropped": documents.dropped, "unusable": unusable, **documents.facts()}
-    write_dataset(args.out, name, documents.tokenizer, documents.splits(), mask_id=documents.mask_id, eos_id=documents.end_id, argv=argv,
-                  facts=facts, **about)  # fmt: skip
+    facts = {"tokenizer_name": args.tokenizer, "dropped": documents.dropped, "unusable": unusable}
+    write_dataset(args.out, name, documents.tokenizer, documents.splits(), mask_id=documents.mask_id,
+                  eos_id=documents.end_id, argv=argv, facts=facts | documents.facts(), source=source,
+                  licence=licence)  # fmt: skip
 
 
-def write_benchmark(args: argparse.Namespace, argv: list[str], name: str, repo: str, patterns: list[str], licence: str) -> None:
-    """Write problems with their final answers as a set of nothing but test examples: the question, and room with the answer in a box.
+def write_benchmark(args: argparse.Namespace, argv: list[str], name: str, repo: str, patterns: list[str],
+                    licence: str) -> None:  # fmt: skip
+    """Write problems with their final answers as a set of nothing but test examples: the question, and room
+    with the answer in a box.
 
-    No problem is dropped, or the benchmark were another one: raises ValueError with the length that would do."""
+    No problem is dropped, or the benchmark were another one: raises ValueError with the length that would
+    do."""
     documents, longest = Documents(args), 0
-    columns = {"problem": ("problem", "question"), "answer": ("answer", "expected_answer"), "solution": ("solution",)}
+    columns = {"problem": ("problem", "question"), "answer": ("answer", "expected_answer")}
+    columns["solution"] = ("solution",)
     for place, record in records(source_files(args.source, repo, patterns), columns, ("answer", "solution")):
-        answer = record["answer"] if record["answer"] is None or isinstance(record["answer"], str) else str(record["answer"])
+        answer = record["answer"] if isinstance(record["answer"], str | None) else str(record["answer"])
         known = [*texts(place, [answer]), *filter(None, map(boxed, texts(place, [record["solution"]])))]
         problem = texts(place, [record["problem"]])
         if not known or not problem:
@@ -165,10 +190,12 @@ def write_benchmark(args: argparse.Namespace, argv: list[str], name: str, repo: 
         longest = max(longest, len(ids))
         documents.add("test", ids, response)
     if documents.dropped["test"]:
-        raise ValueError(f"{documents.dropped['test']} problems do not fit into --length {documents.length}: the longest needs {longest}")
-    write_dataset(args.out, name, documents.tokenizer, documents.splits(), mask_id=documents.mask_id, eos_id=documents.end_id, argv=argv,
-                  source=source_name(args, repo), licence=licence if args.source is None else "as its source", wanted=("test",),
-                  facts={"tokenizer_name": args.tokenizer, **documents.facts()})  # fmt: skip
+        dropped = f"{documents.dropped['test']} problems do not fit into --length {documents.length}"
+        raise ValueError(f"{dropped}: the longest needs {longest}")
+    licence = licence if args.source is None else "as its source"
+    write_dataset(args.out, name, documents.tokenizer, documents.splits(), mask_id=documents.mask_id,
+                  eos_id=documents.end_id, argv=argv, source=source_name(args, repo), licence=licence,
+                  wanted=("test",), facts={"tokenizer_name": args.tokenizer, **documents.facts()})
 
 
 def _question(problem: str, args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random model, one thread, and hypothesis settings that give the same examples on every run."""
+"""What the tests share: a tiny random model, one thread, and hypothesis examples that are always the same."""
 
 import math
 
@@ -8,14 +8,17 @@ import torch
 
 import rcd
 
-torch.set_num_threads(1)  # tensors this small only lose by threads, and threads that wait for a busy core lose minutes
+# Tensors this small only lose by threads, and threads that wait for a busy core lose minutes.
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
 
 def tiny_model(seed: int = 0, gain: float = 1.5, **options) -> rcd.Transformer:
-    """A random model whose predictions differ from position to position and are neither certain nor uniform; ties are rare."""
-    size = dict(vocab_size=12, mask_id=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, d_model=16, d_ff=20, max_len=64)
+    """A random model. Its predictions differ from position to position, are neither certain nor uniform, and
+    have few ties."""
+    size = dict(vocab_size=12, mask_id=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, d_model=16, d_ff=20,
+                max_len=64)  # fmt: skip
     model = rcd.Transformer(rcd.Config(**{**size, **options}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -25,8 +28,10 @@ def tiny_model(seed: int = 0, gain: float = 1.5, **options) -> rcd.Transformer:
                 p.copy_(1 + 0.2 * noise)
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
+            elif name in ("embed_tokens.weight", "lm_head.weight"):
+                p.copy_(0.4 * noise)
             else:
-                p.copy_((0.4 if name in ("embed_tokens.weight", "lm_head.weight") else gain / math.sqrt(p.shape[1])) * noise)
+                p.copy_(gain / math.sqrt(p.shape[1]) * noise)
     return model.eval()
 
 

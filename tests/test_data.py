@@ -17,21 +17,26 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_files import SHARED, needed
 from tiktoken_ext import openai_public
 
 import data
 from data import common
+from data.aime import prepare as aime
 from data.gsm8k import prepare as gsm8k
 from data.latin import prepare as latin
+from data.math500 import prepare as math500
+from data.openmathinstruct2 import prepare as openmath
+from data.openr1_math import prepare as openr1
 from data.shakespeare_char import prepare as shakespeare
 from data.sudoku import prepare as sudoku
 from data.sums import prepare as sums
 from zoo import tokenizer as tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "data"
 SMALL = ["--train", "400", "--val", "40", "--test", "60"]
-GENERATED = {"sums": [], "latin": [], "sudoku": [], "sudoku9": ["--size", "9", "--train", "40", "--val", "5", "--test", "5"]}
+NINE = ["--size", "9", "--train", "40", "--val", "5", "--test", "5"]
+GENERATED = {"sums": [], "latin": [], "sudoku": [], "latin9": NINE, "sudoku9": NINE}
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +45,17 @@ def made(tmp_path_factory):
     @functools.cache
     def make(name, *argv):
         folder = tmp_path_factory.mktemp(name)
-        task = name.rstrip("9")
-        importlib.import_module(f"data.{task}.prepare").main([*SMALL, *GENERATED[name], *argv, "--out", str(folder)])
+        task = importlib.import_module(f"data.{name.rstrip('9')}.prepare")
+        task.main([*SMALL, *GENERATED[name], *argv, "--out", str(folder)])
         return data.load(folder)
     return make
 
 
 def canvases(dataset, split):
-    """(solution, given) as strings, decoded by indexing into the characters rather than by the tokenizer."""
+    """(solution, given) as strings, decoded by the list of characters rather than by the tokenizer."""
     names = {i: name for name, i in dataset.tokenizer.specials.items()}
     spell = [names.get(i) or dataset.tokenizer.chars[i] for i in range(dataset.meta["vocab_size"])]
-    for ids, response in zip(dataset.tokens(split), dataset.response(split)):
+    for ids, response in zip(dataset.tokens(split).tolist(), dataset.response(split).tolist()):
         yield "".join(spell[i] for i in ids), "".join("_" if r else spell[i] for i, r in zip(ids, response))
 
 
@@ -59,12 +64,13 @@ def canvases(dataset, split):
 @pytest.mark.parametrize("argv", [(), ("--terms", "4", "--digits", "2"), ("--terms", "3", "--digits", "4")])
 def test_sums_are_running_sums(made, argv):
     dataset = made("sums", *argv)
-    assert {split: len(dataset.tokens(split)) for split in data.SPLITS} == {"train": 400, "val": 40, "test": 60}
+    assert [len(dataset.tokens(split)) for split in data.SPLITS] == [400, 40, 60]
     for split in data.SPLITS:
         for solution, shown in canvases(dataset, split):
             prompt, answer = solution.replace("<eos>", "").split("=")
             terms = [int(term) for term in prompt.split("+")]
-            assert len(terms) == dataset.meta["terms"] and {len(term) for term in prompt.split("+")} == {dataset.meta["digits"]}
+            assert len(terms) == dataset.meta["terms"]
+            assert {len(term) for term in prompt.split("+")} == {dataset.meta["digits"]}
             assert answer == ",".join(str(sum(terms[:k])) for k in range(2, len(terms) + 1)) + "."
             assert shown == prompt + "=" + "_" * (dataset.meta["length"] - len(prompt) - 1)
             assert re.fullmatch(r"[^<]*(<eos>)*", solution)
@@ -76,13 +82,15 @@ def test_sums_check(made):
     ok = "11+22+33=33,66.<eos><eos>"
     assert sums.check(ok, ok, "11+22+33=________")
     assert sums.check("11+22+33=33,66.<eos>7", ok, "")
-    for wrong in ("11+22+33=33,67.<eos><eos>", "11+22+33=34,66.<eos><eos>", "11+22+33=33,66_<eos><eos>", "11+22+33=33,66.6<eos>"):
-        assert not sums.check(wrong, ok, "")
+    for wrong in ("33,67.<eos><eos>", "34,66.<eos><eos>", "33,66_<eos><eos>", "33,66.6<eos>"):
+        assert not sums.check("11+22+33=" + wrong, ok, "")
 
 
 def test_splits_of_sums_share_no_terms_in_any_order(made):
-    problems = {split: {tuple(sorted(solution.split("=")[0].split("+"))) for solution, _ in canvases(made("sums", "--terms", "2", "--digits", "2"), split)}
-                for split in data.SPLITS}
+    dataset, problems = made("sums", "--terms", "2", "--digits", "2"), {}
+    for split in data.SPLITS:
+        prompts = [solution.split("=")[0] for solution, _ in canvases(dataset, split)]
+        problems[split] = {tuple(sorted(prompt.split("+"))) for prompt in prompts}
     assert all(not problems[a] & problems[b] for a, b in itertools.combinations(data.SPLITS, 2))
 
 
@@ -90,10 +98,12 @@ def test_splits_of_sums_share_no_terms_in_any_order(made):
 
 def lines(n, boxes=None):
     """Index sets that must hold every digit once."""
-    found = [[r * n + c for c in range(n)] for r in range(n)] + [[r * n + c for r in range(n)] for c in range(n)]
+    found = [[r * n + c for c in range(n)] for r in range(n)]
+    found += [[r * n + c for r in range(n)] for c in range(n)]
     if boxes:
         h, w = boxes
-        found += [[(top + i) * n + left + j for i in range(h) for j in range(w)] for top in range(0, n, h) for left in range(0, n, w)]
+        corners = itertools.product(range(0, n, h), range(0, n, w))
+        found += [[(top + i) * n + left + j for i in range(h) for j in range(w)] for top, left in corners]
     return found
 
 
@@ -101,7 +111,8 @@ def completions(grid, n, groups):
     """All ways to fill the "_" of a grid, by plain backtracking on the tightest cell."""
     grid = list(grid)
     peers = [{i for group in groups if cell in group for i in group} - {cell} for cell in range(n * n)]
-    free = {cell: set("123456789"[:n]) - {grid[i] for i in peers[cell]} for cell in range(n * n) if grid[cell] == "_"}
+    empty = [cell for cell in range(n * n) if grid[cell] == "_"]
+    free = {cell: set("123456789"[:n]) - {grid[i] for i in peers[cell]} for cell in empty}
     if not free:
         yield "".join(grid)
         return
@@ -111,7 +122,7 @@ def completions(grid, n, groups):
 
 
 def same_up_to_names(grid):
-    """The position sets of the digits: equal for two grids exactly when one is the other with digits renamed."""
+    """The cells of every digit: equal for two grids exactly when one is the other with digits renamed."""
     places = {}
     for i, digit in enumerate(grid):
         places.setdefault(digit, []).append(i)
@@ -119,11 +130,13 @@ def same_up_to_names(grid):
 
 
 @pytest.mark.parametrize("name,argv,n,boxes,shown", [
-    ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3), ("latin", ("--size", "9",), 9, None, 22),
-    ("sudoku", (), 6, (2, 3), 10), ("sudoku", ("--given", "12"), 6, (2, 3), 12), ("sudoku9", (), 9, (3, 3), 32)])
+    ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3),
+    ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 10), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
+    ("sudoku9", (), 9, (3, 3), 32)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
-    assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1 and dataset.mask_id == n and dataset.eos_id is None
+    assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1
+    assert dataset.mask_id == n and dataset.eos_id is None
     for split in data.SPLITS:
         classes[split] = set()
         for solution, puzzle in canvases(dataset, split):
@@ -145,33 +158,36 @@ def test_sudoku_solver_agrees_with_backtracking():
         grid = [str(int(bits).bit_length()) if rng.random() < 0.3 else "_" for bits in solution]
         grid[rng.randrange(36)] = rng.choice("123456")  # some of them have no solution any more
         puzzles.append(grid)
-    expected = [next(completions(p, 6, lines(6, (2, 3))), None) is not None and all(
-        p[i] == "_" or p[i] != p[j] for line in lines(6, (2, 3)) for i, j in itertools.combinations(line, 2)) for p in puzzles]
+    groups = lines(6, (2, 3))
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    expected = [next(completions(p, 6, groups), None) is not None
+                and all(p[i] == "_" or p[i] != p[j] for i, j in pairs) for p in puzzles]
     boards = np.array([[63 if c == "_" else 1 << int(c) - 1 for c in p] for p in puzzles], np.uint16)
     assert rules.solvable(boards).tolist() == expected and 20 < sum(expected) < 180
 
 
 def test_latin_check_takes_any_completion(made):
     several, dataset = 0, made("latin")
+    tokens, response = np.array(dataset.tokens("test")), np.array(dataset.response("test"))
     for row, (solution, puzzle) in enumerate(itertools.islice(canvases(dataset, "test"), 20)):
         others = list(itertools.islice(completions(puzzle, 6, lines(6)), 50))
         several += len(others) > 1
         assert all(latin.check(other, solution, puzzle) for other in [solution, *others])
-        assert dataset.correct(dataset.tokenizer.encode(others[-1]), dataset.tokens("test")[row], dataset.response("test")[row])
-        shifted = solution.translate(str.maketrans("123456", "234561"))  # a Latin square, but the given cells differ
+        assert dataset.correct(dataset.tokenizer.encode(others[-1]), tokens[row], response[row])
+        shifted = solution.translate(str.maketrans("123456", "234561"))  # a square, but other given cells
         assert not latin.check(shifted, solution, puzzle)
         cell = puzzle.index("_")
         assert not latin.check(puzzle, solution, puzzle) and not latin.check(solution[:-1], solution, puzzle)
         for digit in set("123456_") - {solution[cell]}:
             assert not latin.check(solution[:cell] + digit + solution[cell + 1:], solution, puzzle)
     assert several > 15
-    rows_only = "123456" * 6
-    columns_only = "".join(digit * 6 for digit in "123456")
-    assert not latin.check(rows_only, rows_only, "_" * 36) and not latin.check(columns_only, columns_only, "_" * 36)
+    for half in ("123456" * 6, "".join(digit * 6 for digit in "123456")):  # right in rows, in columns only
+        assert not latin.check(half, half, "_" * 36)
 
 
 def test_latin_squares_are_uniform():
-    """Order 5: each of the 56 squares with first row and column in order stands for equally many (Pearson's chi-square, 55 degrees)."""
+    """Order 5: each of the 56 squares with first row and column in order stands for equally many squares
+    (Pearson's chi-square, 55 degrees of freedom)."""
     start = "12345" + "".join(digit + "____" for digit in "2345")
     reduced = Counter({grid: 0 for grid in completions(start, 5, lines(5))})
     assert len(reduced) == 56
@@ -208,11 +224,14 @@ def test_same_seed_same_files(made, name, tmp_path):
     first, again, other = made(name), made(name, "--seed", "1337"), made(name, "--seed", "7")
     files = [path.name for path in first.folder.iterdir() if path.suffix == ".npy"]
     assert len(files) == 6
-    assert all((first.folder / f).read_bytes() == (again.folder / f).read_bytes() for f in files)
-    assert all((first.folder / f).read_bytes() != (other.folder / f).read_bytes() for f in files if "response" not in f)
-    trained = {row.tobytes() for row in first.tokens("train")}  # whichever seed: the test set of one is no training example of another
-    assert not trained & {row.tobytes() for row in other.tokens("test")}
-    assert len({a.tobytes() + b.tobytes() for a, b in zip(first.tokens("train"), first.response("train"))}) == 400
+    for file in files:
+        raw = (first.folder / file).read_bytes()
+        assert raw == (again.folder / file).read_bytes()
+        assert "response" in file or raw != (other.folder / file).read_bytes()
+    trained = {row.tobytes() for row in first.tokens("train")}
+    assert not trained & {row.tobytes() for row in other.tokens("test")}  # across seeds, too
+    pairs = zip(first.tokens("train"), first.response("train"))
+    assert len({tokens.tobytes() + response.tobytes() for tokens, response in pairs}) == 400
 
 
 @pytest.mark.parametrize("name", ["sums", "latin", "sudoku"])
@@ -222,33 +241,40 @@ def test_dataset_interface(made, name):
     assert dataset.meta["command"].startswith(f"python data/{name}/prepare.py --train 400 ")
     for split in data.SPLITS:
         tokens, response = dataset.tokens(split), dataset.response(split)
-        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.shape == response.shape and response.dtype == bool
-        assert tokens.max() < dataset.mask_id
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.max() < dataset.mask_id
+        assert tokens.shape == response.shape and response.dtype == bool
         for ids, where, (solution, puzzle) in zip(tokens[:20], response, canvases(dataset, split)):
-            assert dataset.text(ids) == solution and dataset.text(np.where(where, dataset.mask_id, ids)) == puzzle
-            assert dataset.correct(ids, ids, where)
-            wrong = ids.copy()
+            masked, wrong = np.where(where, dataset.mask_id, ids), ids.copy()
             wrong[where.argmax()] = (wrong[where.argmax()] + 1) % 6
-            assert not dataset.correct(wrong, ids, where) and not dataset.correct(np.where(where, dataset.mask_id, ids), ids, where)
+            assert dataset.text(ids) == solution and dataset.text(masked) == puzzle
+            assert dataset.correct(ids, ids, where)
+            assert not dataset.correct(wrong, ids, where) and not dataset.correct(masked, ids, where)
             assert dataset.tokenizer.encode(dataset.text(ids), allow_special=True) == ids.tolist()
 
 
 @pytest.mark.parametrize("name,argv,words", [
-    ("sums", ["--terms", "1"], "--terms"), ("sums", ["--terms", "2", "--digits", "1", "--train", "5000"], "--train"),
-    ("sums", ["--test", "0"], "at least 1"), ("latin", ["--size", "10"], "--size"), ("latin", ["--given", "36"], "--given"),
-    ("latin", ["--size", "3"], "distinct"), ("sudoku", ["--given", "5"], "--given"), ("sums", ["--seed", "-1"], "non-negative")])
+    ("sums", ["--terms", "1"], "--terms"), ("sums", ["--test", "0"], "at least 1"),
+    ("sums", ["--seed", "-1"], "non-negative"), ("latin", ["--size", "10"], "--size"),
+    ("latin", ["--size", "3"], r"found only \d+ distinct examples for --(train|val|test): ask for fewer"),
+    ("latin", ["--given", "36"], "--given"), ("sudoku", ["--given", "5"], "--given")])  # fmt: skip
 def test_impossible_requests_are_one_line_and_write_nothing(name, argv, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         importlib.import_module(f"data.{name}.prepare").main([*SMALL, *argv, "--out", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", [sums, latin, sudoku, shakespeare, gsm8k])
+PACKED = [gsm8k, openmath, openr1]
+CHAT = [*PACKED, math500, aime]
+TASKS = [sums, latin, sudoku, shakespeare, *CHAT]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__.split(".")[1])
 def test_help_teaches(task, capsys):
     with pytest.raises(SystemExit) as stop:
         task.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and task.__doc__.strip() in text and "--out" in text and "default" in text
+    assert ("--chat" in text) == (task in CHAT) and ("--pack" in text) == (task in PACKED)
 
 
 # ---- loading
@@ -261,7 +287,7 @@ def copy(dataset, folder):
 
 
 def test_load_unknown_name_lists_the_names():
-    assert data.names() == ["aime", "gsm8k", "latin", "math500", "openmathinstruct2", "openr1_math", "shakespeare_char", "sudoku", "sums"]
+    assert data.names() == sorted(task.__name__.split(".")[1] for task in TASKS)
     with pytest.raises(ValueError, match="openr1_math, shakespeare_char, sudoku, sums"):
         data.load("sudoko")
 
@@ -283,8 +309,8 @@ def test_load_of_a_download_says_what_to_type(empty_home, name):
 
 
 def test_load_prepares_a_generated_set(empty_home, monkeypatch, capsys):
-    main, calls = sums.main, []
-    monkeypatch.setattr(sums, "main", lambda argv: calls.append(argv) or main([*SMALL, "--out", str(empty_home / "sums")]))
+    main, calls, small = sums.main, [], [*SMALL, "--out", str(empty_home / "sums")]
+    monkeypatch.setattr(sums, "main", lambda argv: calls.append(argv) or main(small))
     assert len(data.load("sums").tokens("train")) == 400
     printed = capsys.readouterr()
     assert "not prepared" in printed.err and "examples" in printed.err and printed.out == ""
@@ -341,13 +367,16 @@ def cut_meta(folder):
 def edited_meta(**changes):
     def edit(folder):
         meta = json.loads((folder / "meta.json").read_text()) | changes
-        (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value != "gone"}))
+        meta = {key: value for key, value in meta.items() if value != "gone"}
+        (folder / "meta.json").write_text(json.dumps(meta))
     return edit
 
 
-@pytest.mark.parametrize("damage", [truncate, no_array, pickled, too_large_id, floats, fewer_rows, other_response, numbers_for_response,
-                                    other_tokenizer, missing_file, cut_meta, edited_meta(name="nope"), edited_meta(format=2),
-                                    edited_meta(splits="gone"), edited_meta(splits=None), edited_meta(length=23)])
+@pytest.mark.parametrize("damage", [
+    truncate, no_array, pickled, too_large_id, floats, fewer_rows, other_response, numbers_for_response,
+    other_tokenizer, missing_file, cut_meta, edited_meta(name="nope"), edited_meta(format=2),
+    edited_meta(length=23), edited_meta(splits="gone"), edited_meta(splits=None), edited_meta(splits={}),
+    edited_meta(splits={"tests": 60}), edited_meta(splits={"train": 400, "test": 61})])  # fmt: skip
 def test_damage_is_found_and_told_in_one_line(made, damage, tmp_path):
     folder = copy(made("sums"), tmp_path / "copy")
     data.load(folder)
@@ -374,7 +403,8 @@ def test_interrupted_preparation_leaves_nothing_loadable(made, step, tmp_path, m
         sums.main([*SMALL, "--seed", "3", "--out", str(folder)])
     with pytest.raises(ValueError, match="no data set"):
         data.load(folder)
-    assert not (folder / "meta.json").exists() and not [path for path in folder.iterdir() if "tmp" in path.name]
+    left = [path.name for path in folder.iterdir()]
+    assert "meta.json" not in left and not [name for name in left if "tmp" in name]
 
 
 # ---- Tiny Shakespeare
@@ -384,24 +414,25 @@ def test_shakespeare_splits_are_the_text(tmp_path):
     (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     shakespeare.main(["--source", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")])
     dataset = data.load(tmp_path / "out")
-    parts = [dataset.text(dataset.tokens(split)) for split in data.SPLITS]
-    assert parts == [text[:3600], text[3600:], text[3600:]]
+    texts = [dataset.text(dataset.tokens(split)) for split in data.SPLITS]
+    assert texts == [text[:3600], text[3600:], text[3600:]]
     assert dataset.meta["kind"] == "stream" and dataset.response("val") is None and dataset.check is None
     assert dataset.meta["vocab_size"] == 8 and dataset.mask_id == 7
 
 
-@pytest.mark.skipif(not (REAL / "tinyshakespeare").is_dir(), reason="the real text is not here")
 def test_real_shakespeare(tmp_path):
-    source = REAL / "tinyshakespeare" / "input.txt"
+    source = needed(SHARED / "tinyshakespeare") / "input.txt"
     shakespeare.main(["--source", str(source), "--out", str(tmp_path)])
-    dataset = data.load(tmp_path)
-    assert dataset.meta["splits"] == {"train": 1_003_854, "val": 111_540, "test": 111_540}  # nanoGPT documents 1,003,854 and 111,540
-    assert dataset.meta["vocab_size"] == 66 and "".join(dataset.tokenizer.chars) == "".join(sorted(set(source.read_text())))
-    assert dataset.text(dataset.tokens("train")) == source.read_text()[:1_003_854]
+    dataset, text = data.load(tmp_path), source.read_text()
+    # nanoGPT documents 1,003,854 and 111,540
+    assert dataset.meta["splits"] == {"train": 1_003_854, "val": 111_540, "test": 111_540}
+    assert dataset.meta["vocab_size"] == 66 and list(dataset.tokenizer.chars) == sorted(set(text))
+    assert dataset.text(dataset.tokens("train").tolist()) == text[:1_003_854]
 
 
-@pytest.mark.parametrize("content,words", [(b"", "empty"), (b"<!DOCTYPE html><html>404</html>", "HTML"), (b"short", "too few"),
-                                           (b"a\xff" * 1000, "UTF-8"), (b"a\0" * 1000, "binary"), (None, "No such file")])
+@pytest.mark.parametrize("content,words", [
+    (b"", "empty"), (b"<!DOCTYPE html><html>404</html>", "HTML"), (b"short", "too few"),
+    (b"a\xff" * 1000, "UTF-8"), (b"a\0" * 1000, "binary"), (None, "No such file")])  # fmt: skip
 def test_wrong_text(content, words, tmp_path):
     if content is not None:
         (tmp_path / "in.txt").write_bytes(content)
@@ -415,9 +446,11 @@ def test_wrong_text(content, words, tmp_path):
 def write_gsm8k(folder, train=60, test=8):
     folder.mkdir(exist_ok=True)
     problems = [{"question": f" Ann has {i} {'red ' * (i % 5)}pens\u2028and gets {i}. How many?",
-                 "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i} pens.\n#### {2 * i:,}"} for i in range(train + test)]
+                 "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i} pens.\n#### {2 * i:,}"}
+                for i in range(train + test)]
     for name, part in (("train", problems[:train]), ("test", problems[train:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in part), encoding="utf-8")
+        text = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return problems
 
 
@@ -429,30 +462,34 @@ def expected_text(problem, marks=False):
 
 
 def assert_holds(dataset, problems, split, marks=False, every=1):
-    """Every row of the split is a problem of the source, prompt and response where they belong, padded with <eos>."""
+    """Every row of the split is a problem of the source: prompt, response, and <eos> to the end."""
     texts = {"".join(expected_text(p, marks)): expected_text(p, marks) for p in problems}
     eos = next(name for name, i in dataset.tokenizer.specials.items() if i == dataset.eos_id)
-    for ids, response in zip(dataset.tokens(split)[::every], dataset.response(split)[::every]):
+    for row in range(0, len(dataset.tokens(split)), every):
+        ids, response = np.array(dataset.tokens(split)[row]), np.array(dataset.response(split)[row])
         prompt, answer = texts.pop(dataset.tokenizer.decode(ids[ids != dataset.eos_id]))
         assert dataset.tokenizer.decode(ids[~response]) == prompt
-        assert re.fullmatch(f"(?:{re.escape(eos)})+", dataset.tokenizer.decode(ids[response]).removeprefix(answer))
-        assert dataset.correct(ids, ids, response) and not dataset.correct(np.where(response, dataset.mask_id, ids), ids, response)
+        filled = dataset.tokenizer.decode(ids[response])
+        assert re.fullmatch(f"(?:{re.escape(eos)})+", filled.removeprefix(answer))
+        assert dataset.correct(ids, ids, response)
+        assert not dataset.correct(np.where(response, dataset.mask_id, ids), ids, response)
 
 
 @pytest.mark.parametrize("marks", [False, True])
 def test_gsm8k_rows(tmp_path, marks):
     problems = write_gsm8k(tmp_path / "in")
-    length = len("".join(expected_text(problems[32], marks)).encode())  # one token too short for this one: there is no room for <eos>
-    argv = ["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--length", str(length), "--out", str(tmp_path / "out")]
-    gsm8k.main(argv + ["--marks"] * marks)
+    length = len("".join(expected_text(problems[32], marks)).encode())  # this one has no room for <eos>
+    argv = ["--tokenizer", "bytes", "--length", str(length), "--out", str(tmp_path / "out")]
+    gsm8k.main(["--source", str(tmp_path / "in"), *argv, *["--marks"] * marks])
     dataset = data.load(tmp_path / "out")
     for split in data.SPLITS:
         assert_holds(dataset, problems, split, marks)
     counts, dropped = dataset.meta["splits"], dataset.meta["dropped"]
     assert counts["test"] + dropped["test"] == 8 and sum(counts.values()) + sum(dropped.values()) == 68
     fits = [len("".join(expected_text(p, marks)).encode()) < length for p in problems]
-    assert 0 < sum(fits) < 68 and sum(fits) == sum(counts.values()) and dataset.meta["vocab_size"] == 258 and counts["val"] > 0
-    assert not {row.tobytes() for row in dataset.tokens("train")} & {row.tobytes() for row in dataset.tokens("val")}
+    assert 0 < sum(fits) < 68 and sum(fits) == sum(counts.values()) and counts["val"] > 0
+    rows = {split: {row.tobytes() for row in dataset.tokens(split)} for split in ("train", "val")}
+    assert not rows["train"] & rows["val"] and dataset.meta["vocab_size"] == 258
 
 
 def test_gsm8k_question_of_the_test_set_is_not_trained_on(tmp_path):
@@ -463,36 +500,42 @@ def test_gsm8k_question_of_the_test_set_is_not_trained_on(tmp_path):
         gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.skipif(not (REAL / "gsm8k").is_dir(), reason="the real data set is not here")
 def test_real_gsm8k(tmp_path):
-    gsm8k.main(["--source", str(REAL / "gsm8k"), "--tokenizer", "bytes", "--out", str(tmp_path)])
-    dataset = data.load(tmp_path)
-    for split, file, total in (("train", "train", None), ("val", "train", None), ("test", "test", 1319)):
-        problems = [json.loads(line) for line in (REAL / "gsm8k" / f"{file}.jsonl").read_bytes().splitlines()]
-        assert_holds(dataset, problems, split, every=1 if split == "val" else 10)
-        assert total is None or dataset.meta["splits"][split] + dataset.meta["dropped"][split] == total
-    of = {split: dataset.meta["splits"][split] + dataset.meta["dropped"][split] for split in ("train", "val")}
-    assert of["train"] + of["val"] == 7473 and 0.04 < of["val"] / 7473 < 0.06
+    folder = needed(SHARED / "gsm8k")
+    gsm8k.main(["--source", str(folder), "--tokenizer", "bytes", "--out", str(tmp_path)])
+    dataset, of = data.load(tmp_path), {}
+    for split, file in (("train", "train"), ("val", "train"), ("test", "test")):
+        problems = [json.loads(line) for line in (folder / f"{file}.jsonl").read_bytes().splitlines()]
+        assert_holds(dataset, problems, split, every=5 if split == "val" else 40)
+        of[split] = dataset.meta["splits"][split] + dataset.meta["dropped"][split]
+    assert of["test"] == 1319 and of["train"] + of["val"] == 7473 and 0.04 < of["val"] / 7473 < 0.06
 
 
-@pytest.mark.skipif(not (REAL / "hub" / "JetLM--SDAR-4B-Chat").is_dir(), reason="the real tokenizer is not here")
-@pytest.mark.parametrize("argv,size,mask,eos", [(["--vocab_size", "2000"], 2002, "<mask>", "<eos>"),
-                                                ([], None, "<|MASK|>", "<|endoftext|>")])
-def test_hub_tokenizer(tmp_path, argv, size, mask, eos):
-    problems = write_gsm8k(tmp_path / "in")
-    for folder in ("hub", "out"):
-        (tmp_path / folder).mkdir()
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        (tmp_path / "hub" / name).symlink_to(REAL / "hub" / "JetLM--SDAR-4B-Chat" / name)
-    for name in ("tokenizer.json", "added_tokens.json"):  # left over from an earlier preparation: must not mix with the new one
-        (tmp_path / "out" / name).write_text('{"<old>": 200000}')
-    gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", str(tmp_path / "hub"), "--out", str(tmp_path / "out"), *argv])
-    dataset = data.load(tmp_path / "out")
+@pytest.mark.parametrize("argv,size,mask,eos,dtype,length", [
+    (["--vocab_size", "258"], 260, "<mask>", "<eos>", np.uint16, 640),
+    ([], 70_001, "<|MASK|>", "<|endoftext|>", np.uint32, 256)])  # fmt: skip
+def test_hub_tokenizer(tmp_path, argv, size, mask, eos, dtype, length):
+    """A tokenizer in the files of the hub: its own mask and end token, or --vocab_size and two new ones."""
+    problems, (hub, out) = write_gsm8k(tmp_path / "in"), (tmp_path / "hub", tmp_path / "out")
+    hub.mkdir(), out.mkdir()
+    merges = ["e n", "p en", "pen s", "a n", "H o", "Ho w", "g e"]
+    tokens = [*map(tokenizers.SYMBOL.get, range(256)), *[merge.replace(" ", "") for merge in merges]]
+    (hub / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (hub / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    config["added_tokens_decoder"] = {"263": {"content": "<|endoftext|>"}, "70000": {"content": "<|MASK|>"}}
+    (hub / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "added_tokens.json"):  # of an earlier preparation: must not mix with these
+        (out / name).write_text('{"<old>": 200000}')
+    gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", str(hub), "--out", str(out), *argv])
+    dataset = data.load(out)
     for split in data.SPLITS:
         assert_holds(dataset, problems, split)
-    assert dataset.tokenizer.specials[mask] == dataset.mask_id and dataset.tokenizer.specials[eos] == dataset.eos_id
-    assert dataset.meta["vocab_size"] == (size or dataset.tokenizer.vocab_size)
-    assert dataset.tokens("train").dtype == (np.uint16 if size else np.uint32) and dataset.meta["length"] == 256
+    specials = dataset.tokenizer.specials
+    assert specials[mask] == dataset.mask_id and specials[eos] == dataset.eos_id
+    assert dataset.meta["vocab_size"] == size and dataset.meta["length"] == length
+    assert dataset.tokens("train").dtype == dtype
+    assert len(dataset.tokenizer.encode("pens")) == (2 if argv else 1), "--vocab_size keeps two of the merges"
 
 
 def little_gpt2():
@@ -507,7 +550,8 @@ def test_tiktoken_encoding(tmp_path, monkeypatch, size):
     gsm8k.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--vocab_size", str(size)])
     dataset = data.load(tmp_path / "out")
     kept = {token: rank for token, rank in little_gpt2()["mergeable_ranks"].items() if rank < (size or 260)}
-    oracle = tiktoken.Encoding("oracle", pat_str=openai_public.r50k_pat_str, mergeable_ranks=kept, special_tokens={})
+    pattern = openai_public.r50k_pat_str
+    oracle = tiktoken.Encoding("oracle", pat_str=pattern, mergeable_ranks=kept, special_tokens={})
     assert dataset.eos_id == len(kept) and dataset.mask_id == len(kept) + 1
     assert_holds(dataset, problems, "test")
     for ids, response in zip(dataset.tokens("test"), dataset.response("test")):
@@ -520,7 +564,8 @@ def test_without_network_bytes_are_used_and_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(openai_public, "gpt2", unreachable)
     write_gsm8k(tmp_path / "in")
     gsm8k.main(["--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--vocab_size", "4096"])
-    assert data.load(tmp_path / "out").meta["vocab_size"] == 258 and "using bytes instead" in capsys.readouterr().err
+    assert data.load(tmp_path / "out").meta["vocab_size"] == 258
+    assert "using bytes instead" in capsys.readouterr().err
 
 
 def line(**problem):
@@ -528,10 +573,12 @@ def line(**problem):
 
 
 @pytest.mark.parametrize("content,words", [
-    (b"", "empty"), (b"<html><body>404: Not Found</body></html>", "line 1 is an HTML page"), (line() + b"\nNot Found", "line 2: not JSON"),
-    (line() + b"\n" + line()[:-5], "line 2: not JSON .*truncated"), (line() + b'\n\n{"question": "q"}', "line 3: expected an object"),
-    (b"[1]", "line 1: expected an object"), (line(answer=3), "line 1: expected an object"), (line(answer="so 3"), "line 1: .*####"),
-    (line() + b"\xff", "not UTF-8"), (None, "No such file")])
+    (b"", "empty"), (b"<html><body>404: Not Found</body></html>", "line 1 is an HTML page"),
+    (line() + b"\nNot Found", "line 2: not JSON"),
+    (line() + b"\n" + line()[:-5], "line 2: not JSON .*truncated"),
+    (line() + b'\n\n{"question": "q"}', "line 3: expected an object"), (b"[1]", "line 1: expected an object"),
+    (line(answer=3), "line 1: expected an object"), (line(answer="so 3"), "line 1: .*####"),
+    (line() + b"\xff", "not UTF-8"), (None, "No such file")])  # fmt: skip
 @pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
 def test_wrong_gsm8k(name, content, words, tmp_path):
     write_gsm8k(tmp_path / "in")
@@ -545,8 +592,8 @@ def test_wrong_gsm8k(name, content, words, tmp_path):
 
 @pytest.mark.parametrize("argv,words", [
     (["--tokenizer", "nope"], "gpt2"), (["--tokenizer", "letters", "--vocab_size", "300"], "not a BPE"),
-    (["--tokenizer", "letters"], "no mask"), (["--tokenizer", "bytes", "--vocab_size", "100"], "256"), (["--length", "-1"], "--length"),
-    (["--tokenizer", "bytes", "--length", "20"], "nothing is left")])
+    (["--tokenizer", "letters"], "no mask"), (["--tokenizer", "bytes", "--vocab_size", "100"], "256"),
+    (["--length", "-1"], "--length"), (["--tokenizer", "bytes", "--length", "20"], "nothing is left")])
 def test_wrong_gsm8k_options(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_gsm8k(tmp_path / "in")
@@ -557,16 +604,17 @@ def test_wrong_gsm8k_options(argv, words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("written,value,equal", [
-    ("#### 72", "72", True), ("####72", "72", True), ("#### $1,080.", "1080", True), ("#### $ 1080", "1,080", True),
-    ("#### 72.0", "72", True), ("#### -12", "-12", True), ("#### -$12", "-12", True), ("#### 0.50", ".5", True),
-    ("#### 18 dollars", "18", True), ("#### 18\n#### 19", "18", True), ("#### 73", "72", False), ("#### 12", "-12", False),
+    ("#### 72", "72", True), ("####72", "72", True), ("#### $1,080.", "1080", True),
+    ("#### $ 1080", "1,080", True), ("#### 72.0", "72", True), ("#### -12", "-12", True),
+    ("#### -$12", "-12", True), ("#### 0.50", ".5", True), ("#### 18 dollars", "18", True),
+    ("#### 18\n#### 19", "18", True), ("#### 73", "72", False), ("#### 12", "-12", False),
     ("#### 7", "72", False), ("#### 720", "72", False), ("72", "72", False), ("#### ", "72", False),
-    ("#### _2", "72", False), ("#### 18\n#### 19", "19", False), ("#### 7.2", "72", False)])
+    ("#### _2", "72", False), ("#### 18\n#### 19", "19", False), ("#### 7.2", "72", False)])  # fmt: skip
 def test_gsm8k_numbers(written, value, equal):
     assert gsm8k.check(f"q\nsome steps\n{written}<eos><eos>", f"q\nsteps\n#### {value}<eos>", "") is equal
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(-10**9, 10**9), st.integers(-10**9, 10**9))
 def test_gsm8k_check_is_equality_of_numbers(a, b):
     assert gsm8k.check(f"#### {a:,}.", f"#### {a}", "")
@@ -608,7 +656,8 @@ def test_download(server, tmp_path):
     assert_holds(data.load(tmp_path / "gsm8k"), problems, "test")
 
 
-@pytest.mark.parametrize("path,words", [("absent.txt", "404"), ("cut.txt", "broke off at 11,000 of 100,000 bytes")])
+@pytest.mark.parametrize("path,words", [
+    ("absent.txt", "404"), ("cut.txt", "broke off at 11,000 of 100,000 bytes")])  # fmt: skip
 def test_failed_download(server, tmp_path, path, words):
     with pytest.raises(ValueError, match=words) as error:
         shakespeare.main(["--source", f"{server}/{path}", "--out", str(tmp_path / "out")])
@@ -624,16 +673,20 @@ def script(name, *argv):
 def test_scripts_run_from_anywhere_and_end_with_an_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = script("sums", *SMALL, "--out", "here")
-    assert done.returncode == 0 and done.stdout.count("\n") == 6 and re.search(r"\d+=[\d,]+\.\n$", done.stdout)
+    assert done.returncode == 0 and done.stdout.count("\n") == 6
+    assert re.search(r"\d+=[\d,]+\.\n$", done.stdout)
     assert (tmp_path / "here" / "meta.json").is_file()
 
 
-@pytest.mark.parametrize("name,argv,words", [("gsm8k", ["--source", "nowhere"], "nowhere/train.jsonl"),
-                                             ("latin", ["--given", "99"], "--given"), ("sums", ["--out", "file", *SMALL], "file")])
+@pytest.mark.parametrize("name,argv,words", [
+    ("gsm8k", ["--source", "nowhere"], "nowhere/train.jsonl"),
+    ("openr1_math", ["--source", "nowhere", "--tokenizer", "bytes"], "nowhere"),
+    ("sums", ["--out", "file", *SMALL], "file")])  # fmt: skip
 def test_scripts_tell_mistakes_in_one_line(name, argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     done = script(name, *argv)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and words in last and "Traceback" not in done.stderr and done.stdout == ""
-    assert len([text for text in done.stderr.splitlines() if not text.startswith(("examples:", "\r"))]) <= 2
+    told = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert told[-1].startswith("error: ") and words in told[-1]
+    assert all(line.startswith("prepare ") for line in told[:-1]), "nothing besides, but the lines of a bar"

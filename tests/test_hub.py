@@ -1,4 +1,4 @@
-"""Download and upload through huggingface_hub against a hub on this machine: the few HTTP routes that it uses, in one small server."""
+"""Download and upload through huggingface_hub, against a small local server with the few routes it uses."""
 
 import base64
 import hashlib
@@ -21,13 +21,14 @@ import rcd
 import zoo
 from zoo.__main__ import main
 from zoo.hub import download, push_to_hub
+from zoo.recipes import init_weights
 from zoo.tokenizer import bytes_tokenizer
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories as dictionaries: repos[id][commit] = {path: bytes}; requests and created repositories are recorded."""
+    """Repositories as dictionaries, repos[id][commit] = {path: bytes}. It records downloads and creations."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Routes)
@@ -51,7 +52,8 @@ class Routes(BaseHTTPRequestHandler):
     def answer(self, body: bytes | dict | list = b"", status: int = 200, **headers: str) -> None:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+        usual = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for name, value in (usual | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -69,10 +71,13 @@ class Routes(BaseHTTPRequestHandler):
             if revision not in self.server.repos[repo]:
                 return self.missing("RevisionNotFound")
             files = [{"rfilename": name} for name in self.server.repos[repo][revision]]
-            return self.answer({"id": repo, "modelId": repo, "sha": revision, "siblings": files, "private": False, "tags": []})
+            named = {"id": repo, "modelId": repo, "sha": revision}
+            return self.answer({**named, "siblings": files, "private": False, "tags": []})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path):
             files = self.server.repos.get(found[1], {}).get(SHA.get(found[2], found[2]), {})
-            return self.answer([{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()])
+            sizes = [{"type": "file", "path": n, "size": len(d)} for n, d in files.items()]
+            oids = [{"oid": hashlib.sha1(d).hexdigest()} for d in files.values()]
+            return self.answer([size | oid for size, oid in zip(sizes, oids)])
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repo, revision, name = found[1], SHA.get(found[2], found[2]), found[3]
             data = self.server.repos.get(repo, {}).get(revision, {}).get(name)
@@ -85,33 +90,34 @@ class Routes(BaseHTTPRequestHandler):
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data[: len(data) // 2])
-                    return self.close_connection_now()
+                    self.wfile.flush()
+                    self.close_connection = True
+                    return
             return self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=revision)
         self.missing("EntryNotFound")
 
     do_HEAD = do_GET
 
-    def close_connection_now(self) -> None:
-        self.wfile.flush()
-        self.close_connection = True
-
     def do_PUT(self) -> None:
-        self.server.large[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.large[self.path.rpartition("/")[2]] = body
         self.answer()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = self.path.partition("?")[0]
         if path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            name = "/".join(filter(None, (self.server.created[-1].get("organization"), self.server.created[-1]["name"])))
+            created = json.loads(body)
+            self.server.created.append(created)
+            name = "/".join(filter(None, (created.get("organization"), created["name"])))
             self.server.repos.setdefault(name, {SHA["main"]: {}})
             return self.answer({"url": f"{self.server.url}/{name}"})
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
-            files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
-                     for f in json.loads(body)["files"]]  # fmt: skip
+            paths = [f["path"] for f in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+            files = [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in zip(paths, modes)]
             return self.answer({"files": files})
         if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             objects = [
@@ -127,9 +133,8 @@ class Routes(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.server.large[value["oid"]]
-            return self.answer(
-                {"commitUrl": f"{self.server.url}/{found[1]}/commit/{SHA['main']}", "commitOid": SHA["main"], "success": True}
-            )
+            url = f"{self.server.url}/{found[1]}/commit/{SHA['main']}"
+            return self.answer({"commitUrl": url, "commitOid": SHA["main"], "success": True})
         self.missing("EntryNotFound")
 
 
@@ -139,7 +144,8 @@ def hub(tmp_path, monkeypatch):
     server = Hub()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -151,22 +157,21 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def folder_of(path: Path, seed: int = 0, vocab_size: int = 258) -> Path:
+def folder_of(path: Path, seed: int = 0) -> Path:
     """A tiny SDAR in the hub's layout, made without transformers."""
-    model = rcd.Transformer(
-        rcd.Config(vocab_size=vocab_size, mask_id=257, n_layer=1, d_model=16, d_ff=16, n_head=2, n_kv_head=1, head_dim=8, tied=False)
-    )
+    sizes = {"n_layer": 1, "d_model": 16, "d_ff": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8}
+    model = rcd.Transformer(rcd.Config(vocab_size=258, mask_id=257, tied=False, **sizes))
+    init_weights(model, torch.Generator().manual_seed(seed))
+    tensors = model.state_dict().items()
+    tensors = {n if n.startswith("lm_head") else f"model.{n}": t for n, t in tensors}
     path.mkdir(parents=True)
-    tensors = {
-        n if n.startswith("lm_head") else f"model.{n}": t
-        for n, t in model.init_weights(torch.Generator().manual_seed(seed)).state_dict().items()
-    }
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({
-        "model_type": "sdar", "vocab_size": vocab_size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16, "max_position_embeddings": 64, "rope_theta": 1e4,
-        "rms_norm_eps": 1e-6,
-        "mask_token_id": 257, "hidden_act": "silu"}))  # fmt: skip
+        "model_type": "sdar", "vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16,
+        "max_position_embeddings": 64, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "mask_token_id": 257,
+        "hidden_act": "silu",
+    }))  # fmt: skip
     bytes_tokenizer(["<eos>", "<mask>"]).save(path)
     return path
 
@@ -176,13 +181,17 @@ def publish(hub: Hub, repo: str, folder: Path, revision: str = "main", **more: b
 
 
 def is_private(created: dict) -> bool:
-    return created["visibility"] == "private" if "visibility" in created else created["private"]  # by the version of huggingface_hub
+    """What the request says, in the words of a newer or an older huggingface_hub."""
+    return created["visibility"] == "private" if "visibility" in created else created["private"]
 
 
 def test_a_hub_id_loads_and_is_downloaded_once(hub, tmp_path):
     source = folder_of(tmp_path / "source")
-    unwanted = {"modeling_sdar.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"hello", "onnx/config.json": b"{}",
-                "original/model.safetensors": b"", "training_args.bin": b"x", "run.sh": b"x"}  # fmt: skip
+    unwanted = {
+        "modeling_sdar.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"hello",
+        "onnx/config.json": b"{}", "original/model.safetensors": b"", "training_args.bin": b"x",
+        "run.sh": b"x",
+    }  # fmt: skip
     publish(hub, "JetLM/SDAR-tiny-Chat-b16", source, **unwanted)
     loaded = zoo.load("JetLM/SDAR-tiny-Chat-b16")
     assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -192,7 +201,8 @@ def test_a_hub_id_loads_and_is_downloaded_once(hub, tmp_path):
     assert len(hub.fetched) == 3
     hub.shutdown()
     hub.server_close()
-    assert torch.equal(zoo.load("JetLM/SDAR-tiny-Chat-b16").model.embedding, loaded.model.embedding)  # offline, from the cache
+    offline = zoo.load("JetLM/SDAR-tiny-Chat-b16")  # from the cache
+    assert torch.equal(offline.model.embedding, loaded.model.embedding)
 
 
 def test_a_pinned_revision(hub, tmp_path):
@@ -206,9 +216,13 @@ def test_a_pinned_revision(hub, tmp_path):
         download("JetLM/SDAR-tiny@v1", "main")
 
 
-@pytest.mark.parametrize("name, match", [("nobody/nothing",
-    "cannot get nobody/nothing from the hub: .* on this machine there are: sudoku/reference, sudoku/target"), ("JetLM/SDAR-tiny@v9", "at revision v9"),
-                                         ("JetLM/--", "cannot get")])  # fmt: skip
+HERE = "on this machine there are: sudoku/reference, sudoku/target"
+
+
+@pytest.mark.parametrize("name, match", [
+    ("nobody/nothing", f"cannot get nobody/nothing from the hub: .* {HERE}"),
+    ("JetLM/SDAR-tiny@v9", "at revision v9"), ("JetLM/--", "cannot get"),
+])  # fmt: skip
 def test_what_is_not_there(hub, tmp_path, name, match):
     publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"))
     with pytest.raises(FileNotFoundError, match=match) as caught:
@@ -235,16 +249,20 @@ def test_a_repository_without_a_model(hub):
 def test_download_command(hub, tmp_path):
     """In a process of its own, with HF_ENDPOINT and HF_HUB_CACHE from the environment, as a user would."""
     publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "source"), "v1")
-    run = [sys.executable, "-m", "zoo", "download", "JetLM/SDAR-tiny", "--revision"]
-    root = Path(zoo.__file__).parent.parent
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([*run, "v1"], capture_output=True, text=True, cwd=root, env=env)
+    root, cache = Path(zoo.__file__).parent.parent, tmp_path / "elsewhere"
+    env = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
+
+    def command(revision: str) -> subprocess.CompletedProcess:
+        argv = [sys.executable, "-m", "zoo", "download", "JetLM/SDAR-tiny", "--revision", revision]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=root, env=env)
+
+    done = command("v1")
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "elsewhere") and Path(done.stdout.strip(), "model.safetensors").is_file()
-    done = subprocess.run([*run, "v2"], capture_output=True, text=True, cwd=root, env=env)
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: cannot get JetLM/SDAR-tiny at revision v2") and done.stderr.count("\n") == 1
-    )
+    folder = Path(done.stdout.strip())
+    assert folder.is_relative_to(cache) and (folder / "model.safetensors").is_file()
+    done = command("v2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: cannot get JetLM/SDAR-tiny at revision v2")
 
 
 def test_push_and_load_again(hub, tmp_path):
@@ -256,10 +274,10 @@ def test_push_and_load_again(hub, tmp_path):
     (folder / ".cache/config.json").write_text("{}")
     url = push_to_hub(folder, "me/RCD-SDAR-tiny-b8")
     assert url.startswith(hub.url + "/me/RCD-SDAR-tiny-b8/commit/")
-    assert is_private(hub.created[0]) and {*hub.repos["me/RCD-SDAR-tiny-b8"][SHA["main"]]} == {
-        "README.md", "config.json", "model.safetensors", "tokenizer.json"}  # fmt: skip
-    for name, data in hub.repos["me/RCD-SDAR-tiny-b8"][SHA["main"]].items():
-        assert (folder / name).read_bytes() == data
+    uploaded = hub.repos["me/RCD-SDAR-tiny-b8"][SHA["main"]]
+    assert is_private(hub.created[0])
+    assert {*uploaded} == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    assert all((folder / name).read_bytes() == data for name, data in uploaded.items())
     loaded = zoo.load("me/RCD-SDAR-tiny-b8")
     assert loaded.defaults["carry"] == "residual" and loaded.model.config.block_size == 8
     zoo.push_to_hub(folder, "me/public", private=False)

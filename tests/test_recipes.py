@@ -1,97 +1,108 @@
-"""The recipes beside the paper's: what the model reads in stage 2, against direct computation."""
+"""zoo/recipes.py: what the model reads in stage 2 beyond Algorithm 1, noise levels, and initial weights."""
+
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 import rcd
 import train
 from data.common import write_dataset
-from rcd import Noised, Residual, earlier_context, sometimes_absent
+from rcd import Config, Noised, Residual, Transformer, earlier_context
+from zoo import recipes
+from zoo.decoding import Carry
+from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels, sometimes_absent
 from zoo.tokenizer import CharTokenizer
+from zoo.tools.training import draw_t
 
 MASK = 11  # of the tiny models
 
 
-def noised(B: int = 6, T: int = 10, t: float = 0.4, seed: int = 0) -> Noised:
-    g = torch.Generator().manual_seed(seed)
-    tokens, response = torch.randint(MASK, (B, T), generator=g), torch.rand(B, T, generator=g) < 0.8
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- Contexts
+
+
+def noised(B: int = 6, T: int = 10, t: float = 0.4, seed: int = 0, everything: bool = False) -> Noised:
+    g = seeded(seed)
+    tokens = torch.randint(MASK, (B, T), generator=g)
+    response = (torch.rand(B, T, generator=g) < 0.8) | everything
     noise, level = torch.rand(B, T, generator=g), torch.full((B, 1), t)
     x, masked = rcd.mask_tokens(tokens, response, level, noise, MASK)
-    return Noised(tokens, response, level, noise, x, masked.nonzero(as_tuple=True), None, torch.rand(B, 2, generator=g))
+    uniform = torch.rand(B, 2, generator=g)
+    return Noised(tokens, response, None, level, noise, x, masked.nonzero(as_tuple=True), uniform)
 
 
-def test_the_coins_of_a_batch_are_uniform_and_know_nothing_of_each_other_or_of_the_masks(tiny):
-    """A residual's absence must not decide from how much earlier a state the others come: each has a draw of its own."""
-    seen, model, B = [], tiny(n_layer=1), 4000
-
-    def watch(model, n):
-        seen.append(n)
-        return torch.zeros(len(n.where[0])), torch.zeros(len(n.where[0]), 16)
-
-    rcd.diffusion_loss(model, torch.zeros(B, 6, dtype=torch.long), context=watch, generator=torch.Generator().manual_seed(0))
-    coins = seen[0].coins
-    assert coins.shape == (B, 2) and ((torch.histc(coins, 10, 0, 1) / (2 * B) - 0.1).abs() < 0.014).all()
-    together = torch.stack([*coins.T, seen[0].t[:, 0], *seen[0].noise.T])
-    assert (torch.corrcoef(together)[:2] - torch.eye(9)[:2]).abs().max() < 0.07  # 4.4 standard deviations
+def read_by(model: Transformer) -> list[torch.Tensor]:
+    """The ids that the model embeds from now on."""
+    seen = []
+    model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    return seen
 
 
 @pytest.mark.parametrize("block_size", [0, 5])
 def test_the_earlier_state_is_more_masked_and_read_without_a_residual(tiny, block_size):
-    model, n, residual = tiny(block_size=block_size), noised(), Residual(weight="fixed", fixed=0.5)
-    seen = []
-
-    def watch(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x)
-        return rcd.Transformer.embed(model, x)
-
-    model.embed = watch
-    alpha, delta = earlier_context(residual)(model, n)
-    earlier, now = seen[0] == MASK, n.x == MASK
-    assert (now <= earlier).all() and (earlier <= n.response).all() and (earlier.sum() > now.sum()).item()
-    assert torch.equal(seen[0][~earlier], n.tokens[~earlier]) and not delta.requires_grad
-    # by hand: an ordinary forward on those ids, softmax, expectation, at the cells that are masked now
-    del model.embed
+    model, n = tiny(block_size=block_size), noised()
+    seen = read_by(model)
+    alpha, delta = earlier_context(Residual(weight="fixed", fixed=0.5))(model, n)
+    x, now = seen[0], n.x == MASK
+    earlier = x == MASK
+    assert (now <= earlier).all() and (earlier <= n.response).all() and earlier.sum() > now.sum()
+    assert torch.equal(x[~earlier], n.tokens[~earlier]) and not delta.requires_grad
+    # By hand: an ordinary forward on those ids, softmax, expectation, at the cells that are masked now.
     with torch.no_grad():
-        hidden = rcd.denoiser_hidden(model, model.embed(seen[0]), n.tokens)
+        hidden = rcd.denoiser_hidden(model, model.embed_tokens(x), n.tokens)
         p = model.logits(hidden[now]).softmax(-1)
     torch.testing.assert_close(delta, p @ model.embedding.detach())
     assert alpha.tolist() == [0.5] * int(now.sum())
 
 
 def test_how_much_earlier_is_uniform_between_now_and_all_masked(tiny):
-    n = noised(B=4000, T=20, t=0.25)
-    n = n._replace(response=torch.ones_like(n.response))
-    seen = []
-    model = tiny(n_layer=1)
-    model.embed = lambda x: (seen.append(x), rcd.Transformer.embed(model, x))[1]
+    model, n = tiny(n_layer=1), noised(B=4000, T=20, t=0.25, everything=True)
+    seen = read_by(model)
     earlier_context(Residual())(model, n)
-    share = (seen[0] == MASK).float().mean(1)  # of t' = 0.25 + 0.75 u: mean 0.625, variance 0.75^2 / 12 + E[t' (1 - t')] / 20
+    # The share of masks at t' = 0.25 + 0.75 u: mean 0.625, variance 0.75^2 / 12 + E[t' (1 - t')] / 20.
+    share = (seen[0] == MASK).float().mean(1)
     variance = 0.75**2 / 12 + (0.625 - 0.625**2 - 0.75**2 / 12) / 20
     assert abs(share.mean() - 0.625) < 0.015 and abs(share.var() - variance) < 0.006
 
 
 def test_absent_rows_have_no_residual_and_the_others_keep_theirs():
     n = noised(B=8000)
-    N = len(n.where[0])
-    alpha, delta = sometimes_absent(lambda model, n: (torch.full((N,), 0.5), torch.ones(N, 3)), 0.3)(None, n)
-    assert alpha.unique().tolist() == pytest.approx([0.0, 0.5]) and delta.eq(1).all()
-    absent = torch.zeros(8000).index_put((n.where[0],), (alpha == 0).float())  # by row: all of a row or nothing of it
-    assert all(len(set((alpha[n.where[0] == row] == 0).tolist())) <= 1 for row in range(200))
-    has = torch.zeros(8000).index_put((n.where[0],), torch.ones(N)) > 0
-    assert abs(absent[has].mean() - 0.3) < 0.02
+    row, N = n.cells[0], len(n.cells[0])
+    context = sometimes_absent(lambda model, n: (torch.full((N,), 0.5), torch.ones(N, 3)), 0.3)
+    alpha, delta = context(None, n)
+    assert alpha.unique().tolist() == [0.0, 0.5] and delta.eq(1).all()
+    masks = row.bincount(minlength=8000)
+    absent = row[alpha == 0].bincount(minlength=8000)
+    assert ((absent == 0) | (absent == masks)).all()  # all of a row or nothing of it
+    assert abs((absent > 0)[masks > 0].float().mean() - 0.3) < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Trajectories: a window of steps
+# ---- Trajectories: a window of steps
 
 
-def truth(B: int = 3, T: int = 8) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return torch.randint(MASK, (B, T), generator=torch.Generator().manual_seed(2)), torch.ones(B, T, dtype=torch.bool), None
+def truth(n: int) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """The same canvases each time: at most 3, of 8 tokens."""
+    tokens = torch.randint(MASK, (3, 8), generator=seeded(2))
+    return tokens[:n], torch.ones(n, 8, dtype=torch.bool), None
+
+
+def drawn(generator: torch.Generator, response: torch.Tensor):
+    """New canvases each time. response (B, T)."""
+    T = response.shape[1]
+    return lambda n: (torch.randint(MASK, (n, T), generator=generator), response[:n], None)
 
 
 def numeric(loss, p: torch.Tensor, index: tuple[int, int], h: float = 1e-3) -> float:
+    """The derivative of loss() by p[index], by central differences."""
     with torch.no_grad():
         p[index] += h
         above = loss().item()
@@ -101,17 +112,18 @@ def numeric(loss, p: torch.Tensor, index: tuple[int, int], h: float = 1e-3) -> f
     return (above - below) / (2 * h)
 
 
-def test_the_gradient_of_a_window_is_that_of_its_loss_and_without_one_a_part_is_missing(tiny):
-    """By finite differences: through Delta, never through alpha (fixed), what is committed stays the same."""
+def test_the_gradient_of_a_window_is_that_of_its_loss(tiny):
+    """By finite differences. It flows through Delta, and never through alpha, which is fixed here. What is
+    committed stays the same. Without a window the gradient is another one."""
     model, residual = tiny().double(), Residual(weight="fixed", fixed=0.5)
 
-    def trajectories(window: int) -> rcd.Trajectories:
-        t = rcd.Trajectories(model.config, 3, 8, window=window)
+    def trajectories(window: int) -> Trajectories:
+        t = Trajectories(model.config, 3, 8, window=window)
         t.state["delta"] = t.state["delta"].double()
         return t
 
     def loss() -> torch.Tensor:
-        return trajectories(2).loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, torch.Generator().manual_seed(0))
+        return trajectories(2).loss(model, truth, residual, seeded(0))
 
     loss().backward()
     for name, p in model.named_parameters():
@@ -120,61 +132,162 @@ def test_the_gradient_of_a_window_is_that_of_its_loss_and_without_one_a_part_is_
             assert p.grad[i].item() == pytest.approx(numeric(loss, p.data, i), rel=2e-2)
     through = model.layers[0].mlp.down_proj.weight.grad.clone()
     model.zero_grad()
-    alone, g = trajectories(1), torch.Generator().manual_seed(0)
+    single, g = trajectories(1), seeded(0)
     for _ in range(2):  # the same two steps, one at a time
-        (alone.loss(model, lambda n: tuple(v if v is None else v[:n] for v in truth()), residual, g) / 2).backward()
+        (single.loss(model, truth, residual, g) / 2).backward()
     cut = model.layers[0].mlp.down_proj.weight.grad
-    assert not torch.allclose(through, cut, rtol=1e-2)  # the part that flows from the second loss through Delta to the first step
+    # What is missing flows from the second loss through Delta to the first step.
+    assert not torch.allclose(through, cut, rtol=1e-2)
 
 
 def test_a_trajectory_may_end_within_a_window(tiny):
-    """A block-causal model embeds the clean tokens: new ones must not overwrite those that backward still needs."""
-    model, g = tiny(block_size=2), torch.Generator().manual_seed(0)
-    t = rcd.Trajectories(model.config, 3, 8, window=6)  # a block of two masks is full after two steps at most
-    t.loss(model, lambda n: (torch.randint(MASK, (n, 8), generator=g), torch.ones(n, 8, dtype=torch.bool), None), Residual(), g).backward()
+    """A block-causal model embeds the clean tokens. New ones must not overwrite those that backward needs."""
+    model, g = tiny(block_size=2), seeded(0)
+    t = Trajectories(model.config, 3, 8, window=6)  # a block of two masks is full after two steps at most
+    t.loss(model, drawn(g, torch.ones(3, 8, dtype=torch.bool)), Residual(), g).backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("residual", [Residual(weight="fixed", fixed=0.5), Residual(), Residual(weight="1-confidence", terms=3)])
+@pytest.mark.parametrize("residual", [
+    Residual(weight="fixed", fixed=0.5), Residual(), Carry(weight="1-confidence", residual_top_k=3),
+])  # fmt: skip
 @pytest.mark.parametrize("window", [1, 3])
 def test_chunks_change_no_step_of_a_trajectory(tiny, monkeypatch, window, residual):
-    """What a step commits and carries is read from the logits of its loss, chunk by chunk; in backward nothing is read again without need."""
-    results, calls, response = [], [], (torch.arange(8) > 1).expand(4, 8)  # two given tokens: on an empty canvas all cells are alike
+    """What a step commits and carries is read from the logits of its loss, chunk by chunk. In backward it is
+    not read again without need: a window of one carries no gradient on."""
+    results, calls, predict = [], [], recipes.predict
+    response = (torch.arange(6) > 1).expand(4, 6)  # two given tokens: on an empty canvas all cells are alike
+    monkeypatch.setattr(recipes, "predict", lambda *a: (calls.append(1), predict(*a))[1])
     for chunk, tile in ((1 << 25, 1 << 19), (40, 12), (1, 1)):
         monkeypatch.setattr(rcd, "CHUNK", chunk)
         monkeypatch.setattr(rcd, "TILE", tile)
-        model, g = tiny(seed=3), torch.Generator().manual_seed(0)
-        t = rcd.Trajectories(model.config, 4, 8, window=window)
-        for _ in range(4):
-            loss = t.loss(model, lambda n, g=g: (torch.randint(MASK, (n, 8), generator=g), response[:n], None), residual, g)
-            read, plain = [], rcd.draw
-            monkeypatch.setattr(rcd, "draw", lambda *a, read=read, plain=plain, **k: (read.append(1), plain(*a, **k))[1])
+        model, g = tiny(seed=3), seeded(0)
+        t = Trajectories(model.config, 4, 6, window=window)
+        for _ in range(3):
+            loss = t.loss(model, drawn(g, response), residual, g)
+            before = len(calls)
             loss.backward()
-            monkeypatch.setattr(rcd, "draw", plain)
-            calls.append(len(read))
+            assert before and (window > 1 or len(calls) == before)
         results.append([loss.detach(), *t.state.values(), *(p.grad for p in model.parameters())])
-    assert window > 1 or not any(calls)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_a_window_hands_its_last_residual_on_without_history(tiny):
-    t = rcd.Trajectories(tiny().config, 3, 8, window=2)
-    t.loss(tiny(), lambda n: tuple(v if v is None else v[:n] for v in truth()), Residual(weight="fixed"), torch.Generator().manual_seed(0))
+    t = Trajectories(tiny().config, 3, 8, window=2)
+    t.loss(tiny(), truth, Residual(weight="fixed"), seeded(0))
     assert not any(v.requires_grad for v in t.state.values()) and t.state["delta"].abs().sum() > 0
 
 
+# ---- Packed rows and noise levels
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_positions_restart_with_every_document(row):
+    expected = [i for _, document in itertools.groupby(row) for i, _ in enumerate(document)]
+    assert document_positions(torch.tensor([row, row])).tolist() == [expected, expected]
+
+
+def groups_by_hand(segments: list[int], block_size: int) -> list[int]:
+    """Which cells of a row share a t: those of a document, or of a block of it, counted from the document's
+    first token."""
+    out, group, position = [], -1, 0
+    for j, number in enumerate(segments):
+        new = j == 0 or number != segments[j - 1]
+        position = 0 if new else position + 1
+        group += new or bool(block_size and position % block_size == 0)
+        out.append(group)
+    return out
+
+
+rows_of_7 = st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4)
+
+
+@settings(max_examples=50)
+@given(rows_of_7, st.sampled_from([0, 1, 2, 3, 9]), st.integers(0, 99))
+def test_t_is_one_per_document_or_per_block_of_it(rows, block_size, seed):
+    """Cells of a group share a t. The t of all groups of the batch are stratified draws: one in each n-th of
+    the interval, up to an offset."""
+    t = noise_levels(document_positions(torch.tensor(rows)), block_size, seeded(seed))
+    levels = []
+    for values, row in zip(t.tolist(), rows):
+        groups = groups_by_hand(row, block_size)
+        for g in range(groups[-1] + 1):
+            of_group = {v for v, other in zip(values, groups) if other == g}
+            assert len(of_group) == 1
+            levels += of_group
+    u = (torch.tensor(levels).double().sort().values - 1e-3) / (1 - 1e-3) * len(levels)
+    assert ((u - u[0]) - torch.arange(len(levels))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("block_size", [0, 2])
+def test_t_of_every_document_and_block_is_uniform(block_size):
+    positions, g = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]), seeded(0)
+    draws = torch.stack([noise_levels(positions, block_size, g) for _ in range(2000)])  # (2000, 2, 6)
+    for b, j in ((0, 0), (0, 2), (0, 4), (1, 0), (1, 3), (1, 5)):
+        row, steps = draws[:, b, j].sort().values, torch.arange(2001) / 2000
+        distance = torch.maximum((steps[1:] - row).max(), (row - steps[:-1]).max())
+        assert distance < 1.95 / math.sqrt(2000)  # Kolmogorov-Smirnov, 0.1 %
+    assert not (draws[:, 0, 0] == draws[:, 0, 3]).any()  # another document
+    # The third and the last cell of a document are in blocks of their own.
+    for b, j in ((0, 2), (1, 5)):
+        assert bool((draws[:, b, 0] == draws[:, b, j]).all()) == (block_size == 0)
+
+
+def test_training_draws_t_as_it_is_told():
+    tokens, whole = torch.zeros(2, 9, dtype=torch.long), torch.arange(9).expand(2, 9)
+    packed = document_positions(torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 0]] * 2))
+    for positions, used in ((packed, packed), (None, whole)):  # not packed: each row is a document
+        for t_per, of_block in (("document", 0), ("block", 3)):
+            t = draw_t(tokens, positions, t_per, 3, seeded(1))
+            assert torch.equal(t, noise_levels(used, of_block, seeded(1)))
+    needs = "t_per='block': choose from document, block; block needs a block-causal model"
+    with pytest.raises(ValueError, match=needs):
+        draw_t(tokens, None, "block", 0, seeded(1))
+
+
+# ---- Initial weights, and the recipe of a data set
+
+
+def test_initial_weights_follow_gpt2():
+    c = Config(vocab_size=400, mask_id=0, n_layer=8, n_head=4, n_kv_head=4, head_dim=32, d_model=128,
+               d_ff=300, qkv_bias=True, tied=False)  # fmt: skip
+    model = init_weights(Transformer(c), seeded(0))
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert bool((p == 1).all()), name
+        elif name.endswith("bias"):
+            assert bool((p == 0).all()), name
+        else:
+            # sqrt(2 * 8 layers) = 4
+            std = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
+            assert abs(p.std().item() / std - 1) < 0.05 and abs(p.mean().item()) < 0.05 * std, name
+    again, other = (init_weights(Transformer(c), seeded(seed)) for seed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert not torch.equal(model.embedding, other.embedding)
+
+
 def test_the_recipe_that_is_not_named(tmp_path):
-    tokenizer = CharTokenizer("ab", ["<eos>", "<mask>"])
-    stream = {split: np.zeros(200, np.uint16) for split in ("train", "val", "test")}
-    rows = {"short": 63, "long": 64}
-    examples = {n: {s: (np.zeros((2, 80), np.uint16), np.arange(80) < np.full((2, 1), k)) for s in stream} for n, k in rows.items()}
-    for name, splits in {"stream": stream, **examples}.items():
-        source = "shakespeare_char" if name == "stream" else "gsm8k"
-        write_dataset(tmp_path / name, source, tokenizer, splits, mask_id=3, eos_id=2, source="", licence="", argv=[], facts={})
-    for name, recipe in {"short": "trajectory", "long": "earlier", "stream": "earlier"}.items():
-        got = train.implied({}, data.load(tmp_path / name))
-        assert (got["recipe"], got["weight"], got["absent"]) == (recipe, "fixed", 0.3 if recipe == "earlier" else 0.0)
-    assert train.implied({"reference": "x"}, data.load(tmp_path / "short")) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 500}
-    assert train.implied({"recipe": "paper"}, data.load(tmp_path / "long")) == {"recipe": "paper", "weight": "entropy", "absent": 0.0, "test_items": 16}
+    tokenizer, splits = CharTokenizer("ab", ["<eos>", "<mask>"]), ("train", "val", "test")
+
+    def opened(name: str, source: str, values) -> data.Dataset:
+        write_dataset(tmp_path / name, source, tokenizer, dict.fromkeys(splits, values), mask_id=3, eos_id=2,
+                      source="", licence="", argv=[], facts={})  # fmt: skip
+        return data.load(tmp_path / name)
+
+    def examples(answer: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((2, 80), np.uint16), np.arange(80) < np.full((2, 1), answer)
+
+    short, long = opened("short", "gsm8k", examples(63)), opened("long", "gsm8k", examples(64))
+    stream = opened("stream", "shakespeare_char", np.zeros(200, np.uint16))
+    half = {"weight": "fixed", "fixed": 0.5}
+    trajectory = {"recipe": "trajectory", **half, "absent": 0.0}
+    earlier = {"recipe": "earlier", **half, "absent": 0.3}
+    paper = {"recipe": "paper", "weight": "entropy", "absent": 0.0}
+    for typed, dataset, expected, test_items in (
+        ({}, short, trajectory, 500), ({}, long, earlier, 16), ({}, stream, earlier, 16),
+        ({"reference": "x"}, short, paper, 500), ({"recipe": "paper"}, long, paper, 16),
+    ):  # fmt: skip
+        assert train.implied(typed, dataset) == {**expected, "test_items": test_items}

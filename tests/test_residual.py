@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rcd
-from rcd import Residual, mix
+from rcd import WEIGHTS, Residual, mix
+from zoo.decoding import Carry, carry_options
 
 INF = math.inf
 
@@ -31,8 +32,9 @@ def test_equations_by_hand():
     assert not mixed.any() and not x.any()  # no other cell, and not in place
 
 
-# At T_res = 1/2 p is squared and normalised: (4, 1, 1, 0) / 6.  H = 2/3 ln(3/2) + 2 * 1/6 ln 6 = ln 6 - 2/3 ln 4 = 0.8675632
-#     alpha = 0.8675632 / 1.3862944 = 0.6258145;  Delta with that p: (16/6, 0) + (0, 8/6) + (-4/6, 4/6) = (2, 2)
+# At T_res = 1/2 p is squared and normalised: (4, 1, 1, 0) / 6.
+#     H = 2/3 ln(3/2) + 2 * 1/6 ln 6 = ln 6 - 2/3 ln 4 = 0.8675632;  alpha = 0.8675632 / 1.3862944 = 0.6258145
+#     Delta with that p: (16/6, 0) + (0, 8/6) + (-4/6, 4/6) = (2, 2)
 @pytest.mark.parametrize("options, alpha, delta", [
     (dict(), 0.75, (1, 3)),
     (dict(weight="1-entropy"), 0.25, (1, 3)),
@@ -51,12 +53,15 @@ def test_equations_by_hand():
     (dict(temper_delta=True), 0.75, (1, 3)),
 ])  # fmt: skip
 def test_every_weight_by_hand(options, alpha, delta):
-    a, d = Residual(**options)(HALVES, E)
-    assert a.item() == pytest.approx(alpha, abs=1e-6)
-    assert d[0].tolist() == pytest.approx(delta, abs=1e-6)
+    of_the_method = {"weight", "fixed", "t_res"}.issuperset(options)
+    of_the_method &= options.get("weight", "entropy") in ("entropy", "confidence", "fixed")
+    for kind in (Residual, Carry) if of_the_method else (Carry,):
+        a, d = kind(**options)(HALVES, E)
+        assert a.item() == pytest.approx(alpha, abs=1e-6)
+        assert d[0].tolist() == pytest.approx(delta, abs=1e-6)
 
 
-def by_loops(logits: list[float], table: list[list[float]], r: Residual) -> tuple[float, list[float]]:
+def by_loops(logits: list[float], table: list[list[float]], r: Carry) -> tuple[float, list[float]]:
     """One position, one number at a time."""
 
     def softmax(temperature):
@@ -70,8 +75,8 @@ def by_loops(logits: list[float], table: list[list[float]], r: Residual) -> tupl
         if q > 0:
             entropy -= q * math.log(q)
     entropy /= math.log(len(logits))
-    alpha = {"entropy": entropy, "1-entropy": 1 - entropy, "confidence": max(tempered), "1-confidence": 1 - max(tempered),
-             "fixed": r.fixed, "one": 1.0, "top-1": 1.0}[r.weight]  # fmt: skip
+    alpha = {"entropy": entropy, "1-entropy": 1 - entropy, "fixed": r.fixed, "one": 1.0, "top-1": 1.0,
+             "confidence": max(tempered), "1-confidence": 1 - max(tempered)}[r.weight]  # fmt: skip
     if r.temper_delta:
         p = tempered
     if r.weight == "top-1":
@@ -83,8 +88,9 @@ def by_loops(logits: list[float], table: list[list[float]], r: Residual) -> tupl
     return alpha, delta
 
 
-@pytest.mark.parametrize("chunk, tile", [(1 << 25, 1 << 19), (9, 9), (20, 20), (40, 1)])  # rows: all, one (never less), two, a tile of one in a chunk of four
-@pytest.mark.parametrize("weight", rcd.WEIGHTS)
+# Rows at a time: all, one (never less), two, and tiles of one in chunks of four.
+@pytest.mark.parametrize("chunk, tile", [(1 << 25, 1 << 19), (9, 9), (20, 20), (40, 1)])
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_loops_over_positions_and_vocabulary(weight, chunk, tile, monkeypatch):
     monkeypatch.setattr(rcd, "CHUNK", chunk)
     monkeypatch.setattr(rcd, "TILE", tile)
@@ -94,26 +100,27 @@ def test_loops_over_positions_and_vocabulary(weight, chunk, tile, monkeypatch):
     logits[3, :8] = -INF  # one-hot
     for t_res in (0.6, 1.0, 2.5):
         for temper_delta in (False, True):
-            r = Residual(weight=weight, fixed=0.2, t_res=t_res, temper_delta=temper_delta)
+            r = Carry(weight=weight, fixed=0.2, t_res=t_res, temper_delta=temper_delta)
             alpha, delta = r(logits, table)
             assert alpha.shape == (7,) and delta.shape == (7, 4)
             for i in range(7):
                 a, d = by_loops(logits[i].tolist(), table.tolist(), r)
                 assert alpha[i].item() == pytest.approx(a, abs=1e-5)
                 assert delta[i].tolist() == pytest.approx(d, abs=1e-4)
-        if weight in ("entropy", "1-entropy"):  # what is given is taken, row by row
-            given = torch.rand(7, generator=generator)
-            a = Residual(weight=weight)(logits, table, given)[0]
-            torch.testing.assert_close(a, given / math.log(10) if weight == "entropy" else 1 - given / math.log(10))
 
 
-def test_row_chunks_cover_every_row_once(monkeypatch):
-    monkeypatch.setattr(rcd, "CHUNK", 100)
-    for n in range(25):
-        for V in (1, 7, 33, 100, 1000):
-            slices = list(rcd.row_chunks(n, V))
-            assert [i for s in slices for i in range(n)[s]] == list(range(n))
-            assert all((s.stop - s.start) * V <= 100 or s.stop - s.start == 1 for s in slices)
+def test_rows_are_taken_in_chunks_that_cover_them_once():
+    for n in range(12):
+        for rows in (0, 1, 2, 5, 12, 50):
+            numbers, seen = torch.arange(n), []
+
+            def f(a, b):
+                seen.append(len(a))  # noqa: B023
+                return a / 2, b
+
+            halved, twice = rcd.by_rows(f, rows, numbers, numbers)
+            assert torch.equal(halved, numbers / 2) and torch.equal(twice, numbers)
+            assert max(seen) <= max(1, rows) and sum(seen) == n
 
 
 finite = st.floats(-30, 30, width=32)
@@ -122,35 +129,28 @@ finite = st.floats(-30, 30, width=32)
 @st.composite
 def tables(draw):
     V, D = draw(st.integers(2, 8)), draw(st.integers(1, 3))
-    logits = draw(
-        st.lists(st.lists(st.one_of(finite, st.just(-INF)), min_size=V, max_size=V).filter(lambda z: max(z) > -INF), min_size=1, max_size=4)
-    )
-    table = draw(st.lists(st.lists(st.floats(-5, 5, width=32), min_size=D, max_size=D), min_size=V, max_size=V))
-    return torch.tensor(logits), torch.tensor(table)
+    row = st.lists(st.one_of(finite, st.just(-INF)), min_size=V, max_size=V).filter(lambda z: max(z) > -INF)
+    logits = draw(st.lists(row, min_size=1, max_size=4))
+    embedding = st.lists(st.floats(-5, 5, width=32), min_size=D, max_size=D)
+    return torch.tensor(logits), torch.tensor(draw(st.lists(embedding, min_size=V, max_size=V)))
 
 
-@settings(max_examples=150)
-@given(tables(), st.sampled_from(rcd.WEIGHTS), st.floats(0.1, 10), st.booleans(), st.floats(0, 1))
+@settings(max_examples=100)
+@given(tables(), st.sampled_from(sorted(WEIGHTS)), st.floats(0.1, 10), st.booleans(), st.floats(0, 1))
 def test_alpha_is_a_share_and_delta_an_average(both, weight, t_res, temper_delta, fixed):
     logits, table = both
-    alpha, delta = Residual(weight, fixed, t_res, temper_delta)(logits, table)
+    alpha, delta = Carry(weight, fixed, t_res, temper_delta)(logits, table)
     assert bool((alpha >= -1e-6).all() and (alpha <= 1 + 1e-6).all())
-    for z, d in zip(
-        logits, delta
-    ):  # in the convex hull of the embeddings that have any probability: within their extent in every direction
-        possible = table[z > -INF]
-        for direction in torch.randn(20, table.shape[1], generator=torch.Generator().manual_seed(0)):
-            reach = possible @ direction
-            assert reach.min() - 1e-3 <= d @ direction <= reach.max() + 1e-3
-    mask = table[-1]
-    e = mix(
-        torch.zeros(1, len(alpha), table.shape[1]),
-        (torch.zeros(len(alpha), dtype=torch.long), torch.arange(len(alpha))),
-        alpha,
-        delta,
-        mask,
-    )[0]
-    low, high = torch.minimum(delta, mask), torch.maximum(delta, mask)  # between E[MASK] and Delta, an interpolation and not a sum
+    # In the convex hull of the embeddings that have any probability: within their extent in every direction.
+    directions = torch.randn(table.shape[1], 20, generator=torch.Generator().manual_seed(0))
+    for z, d in zip(logits, delta):
+        reach, along = table[z > -INF] @ directions, d @ directions  # (n, 20), (20,)
+        assert bool((reach.amin(0) - 1e-3 <= along).all() and (along <= reach.amax(0) + 1e-3).all())
+    mask, N = table[-1], len(alpha)
+    cells = torch.zeros(N, dtype=torch.long), torch.arange(N)
+    e = mix(torch.zeros(1, N, table.shape[1]), cells, alpha, delta, mask)[0]
+    # Between E[MASK] and Delta: an interpolation, and no sum.
+    low, high = torch.minimum(delta, mask), torch.maximum(delta, mask)
     assert bool((e >= low - 1e-4).all() and (e <= high + 1e-4).all())
 
 
@@ -168,14 +168,14 @@ def test_extremes_of_the_entropy():
     torch.testing.assert_close(delta[0], table.mean(0))
     without_mask = torch.zeros(1, V)
     without_mask[0, 7] = -INF
-    alpha, _ = Residual()(without_mask, table)  # the most that a model can reach: log V counts the whole table
+    alpha, _ = Residual()(without_mask, table)  # the most that a model reaches: log V counts the whole table
     assert alpha.item() == pytest.approx(math.log(V - 1) / math.log(V), abs=1e-6)
     sharp, blunt = Residual(t_res=0.5)(HALVES, E)[0], Residual(t_res=2.0)(HALVES, E)[0]
     assert sharp < 0.75 < blunt  # T_res below 1 injects less
 
 
 def test_a_vocabulary_of_the_real_size_in_chunks(monkeypatch):
-    """SDAR's 151,936: peaked rows stay exact, and alpha of ten equal alternatives is small (rcd.md: 0.155 at confidence 1/2)."""
+    """SDAR's 151,936. Peaked rows stay exact. Ten equal alternatives at confidence 1/2: alpha is 0.155."""
     V = 151_936
     logits = torch.full((2, V), -INF)
     logits[0, :11] = torch.tensor([0.5] + [0.05] * 10).log()
@@ -184,50 +184,52 @@ def test_a_vocabulary_of_the_real_size_in_chunks(monkeypatch):
     table[0] = 1
     monkeypatch.setattr(rcd, "CHUNK", V)
     alpha, delta = Residual()(logits, table)
-    assert alpha.tolist() == pytest.approx([(0.5 * math.log(2) + 0.5 * math.log(20)) / math.log(V), 1], abs=1e-5)
+    by_hand = (0.5 * math.log(2) + 0.5 * math.log(20)) / math.log(V)
+    assert alpha.tolist() == pytest.approx([by_hand, 1], abs=1e-5)
     assert round(alpha[0].item(), 3) == 0.155
     assert delta[:, 0].tolist() == pytest.approx([0.5, 1 / V], rel=1e-4)
 
 
 @settings(max_examples=100)
 @given(tables(), st.integers(1, 9), st.floats(0.3, 3), st.booleans())
-def test_delta_of_the_likeliest_terms_and_its_bound(both, terms, t_res, temper_delta):
-    """Against an explicit sum over the k likeliest tokens; off the exact Delta by no more than 2 (1 - m) max |E_j|, m their mass."""
+def test_delta_of_the_likeliest_tokens_and_its_bound(both, k, t_res, temper_delta):
+    """Against an explicit sum over the k likeliest tokens. Off the exact Delta by no more than
+    2 (1 - m) max |E_j|, where m is their mass."""
     logits, table = both
-    alpha, delta = Residual(t_res=t_res, temper_delta=temper_delta, terms=terms)(logits, table)
-    exact_alpha, exact = Residual(t_res=t_res, temper_delta=temper_delta)(logits, table)
+    alpha, delta = Carry(t_res=t_res, temper_delta=temper_delta, residual_top_k=k)(logits, table)
+    exact_alpha, exact = Carry(t_res=t_res, temper_delta=temper_delta)(logits, table)
     assert torch.equal(alpha, exact_alpha)  # alpha never is an approximation
-    if terms >= logits.shape[1]:
+    if k >= logits.shape[1]:
         assert torch.equal(delta, exact)
     p = (logits.double() / (t_res if temper_delta else 1)).softmax(-1)
     longest = table.double().norm(dim=1).max()
     for i, row in enumerate(p.tolist()):
         order = sorted(range(len(row)), key=lambda j: -row[j])
-        mass = sum(row[j] for j in order[:terms])
+        mass = sum(row[j] for j in order[:k])
         assert (delta[i] - exact[i]).norm() <= 2 * (1 - mass) * longest + 1e-5
-        if terms >= len(row) or row[order[terms - 1]] > row[order[terms]]:  # which of two equals is left out is nobody's business
-            expected = sum(row[j] / mass * table[j].double() for j in order[:terms])
+        if k >= len(row) or row[order[k - 1]] > row[order[k]]:  # either of two equals may be left out
+            expected = sum(row[j] / mass * table[j].double() for j in order[:k])
             torch.testing.assert_close(delta[i].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_bound_can_be_met():
-    """All that is left out points the other way: the error is 2 (1 - m) max |E_j| exactly, so no smaller bound holds."""
+    """All that is left out points the other way: the error is 2 (1 - m) max |E_j|. No smaller bound holds."""
     p, table = torch.tensor([[0.5, 0.25, 0.15, 0.1]]), torch.tensor([[3.0], [3.0], [-3.0], [-3.0]])
-    gap = Residual(terms=2)(p.log(), table)[1] - Residual()(p.log(), table)[1]
+    gap = Carry(residual_top_k=2)(p.log(), table)[1] - Residual()(p.log(), table)[1]
     assert gap.item() == pytest.approx(2 * 0.25 * 3)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("terms", [0, 40])
-def test_delta_in_half_precision_is_summed_in_float32(terms, autocast):
-    """Thousands of equal contributions: summed in bfloat16 they would stop growing at 2^8 times the size of one."""
+@pytest.mark.parametrize("k", [0, 40])
+def test_delta_in_half_precision_is_summed_in_float32(k, autocast):
+    """Thousands of equal contributions. A sum in bfloat16 would stop growing at 2^8 times the size of one."""
     V = 4000
     logits, table = torch.full((3, V), -INF), torch.ones(V, 2)
-    logits[:, : 3000 if terms == 0 else 40] = 0
+    logits[:, : k or 3000] = 0
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        alpha, delta = Residual(terms=terms)(logits, table if autocast else table.bfloat16())
+        alpha, delta = Carry(residual_top_k=k)(logits, table if autocast else table.bfloat16())
     torch.testing.assert_close(delta.float(), torch.ones(3, 2), atol=0.005, rtol=0)
-    assert alpha.tolist() == pytest.approx([math.log(3000 if terms == 0 else 40) / math.log(V)] * 3, abs=1e-6)
+    assert alpha.tolist() == pytest.approx([math.log(k or 3000) / math.log(V)] * 3, abs=1e-6)
 
 
 @settings(max_examples=100)
@@ -236,22 +238,17 @@ def test_entropy_against_its_definition(both, scale):
     logits = both[0] * scale  # up to one-hot, and over a thousand
     z, p = rcd.softmax(logits)
     assert z.isfinite().all() and torch.equal(p, logits.softmax(-1))
+    close = 2e-6 * max(1, logits[logits > -INF].abs().max().item())
     for row, entropy in zip(logits.double().softmax(-1).tolist(), rcd.entropy_of(z, p).tolist()):
         expected = -sum(q * math.log(q) for q in row if q > 0)
-        assert entropy >= 0 and entropy == pytest.approx(expected, abs=2e-6 * max(1, logits[logits > -INF].abs().max().item()))
+        assert entropy >= 0 and entropy == pytest.approx(expected, abs=close)
 
 
 def test_an_entropy_is_never_negative():
-    z, p = rcd.softmax(30 * torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0)))  # rounding alone would go below 0
+    # Rounding alone would go below 0.
+    z, p = rcd.softmax(30 * torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)))
     entropy, exact = rcd.entropy_of(z, p), torch.special.entr(z.double().softmax(-1)).sum(-1)
     assert (entropy >= 0).all() and (entropy - exact).abs().max() < 1e-4
-
-
-def test_an_entropy_that_is_known_is_not_computed_again():
-    known = torch.tensor([math.log(2)])
-    for weight, expected in (("entropy", 0.5), ("1-entropy", 0.5), ("confidence", 0.5), ("one", 1.0)):
-        assert Residual(weight)(HALVES, E, known)[0].item() == pytest.approx(expected)
-    assert Residual(t_res=0.5)(HALVES, E, known)[0].item() == pytest.approx(0.6258145)  # it is of the untempered p
 
 
 def test_half_precision_tables_and_logits():
@@ -260,7 +257,7 @@ def test_half_precision_tables_and_logits():
     exact_alpha, exact_delta = Residual()(logits.bfloat16().double().float(), table.bfloat16().float())
     alpha, delta = Residual()(logits.bfloat16(), table.bfloat16())
     assert alpha.dtype == torch.float32 and delta.dtype == torch.bfloat16
-    torch.testing.assert_close(alpha, exact_alpha, atol=1e-6, rtol=1e-6)  # the softmax and the entropy are taken in float32
+    torch.testing.assert_close(alpha, exact_alpha, atol=1e-6, rtol=1e-6)  # softmax and entropy are in float32
     torch.testing.assert_close(delta.float(), exact_delta, atol=0.03, rtol=0.03)
     x = torch.zeros(1, 5, 4, dtype=torch.bfloat16)
     e = mix(x, (torch.zeros(5, dtype=torch.long), torch.arange(5)), alpha, delta, table[0].bfloat16())
@@ -269,27 +266,46 @@ def test_half_precision_tables_and_logits():
     torch.testing.assert_close(e[0].float(), expected, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("weight", rcd.WEIGHTS)
-def test_no_gradient_flows_through_the_residual(weight):
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_gradient_flows_through_delta_alone_and_only_if_asked_for(weight, k):
     logits, table = torch.randn(3, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    alpha, delta = Residual(weight)(logits, table)
+    alpha, delta = Carry(weight, residual_top_k=k)(logits, table)
     assert not alpha.requires_grad and not delta.requires_grad
+    alpha, delta = Carry(weight, residual_top_k=k)(logits, table, grad=True)
+    assert not alpha.requires_grad and delta.requires_grad
+
+
+def test_gradient_of_delta():
+    """d Delta / d z_j = p_j (E_j - Delta)."""
+    logits = HALVES.clone().requires_grad_()
+    _alpha, delta = Residual()(logits, E, grad=True)
+    delta[0, 1].backward()  # (1, 3)[1] = 3
+    assert logits.grad[0].tolist() == pytest.approx([0.5 * (0 - 3), 0.25 * (8 - 3), 0.25 * (4 - 3), 0])
 
 
 def test_gradient_of_the_mix():
     """d e / d E[MASK] = 1 - alpha, d e / d x = 1 at the cells that keep x and 0 where it is replaced."""
     x, mask = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
-    mix(x, (torch.tensor([0, 0]), torch.tensor([0, 2])), torch.tensor([0.25, 0.5]), torch.ones(2, 2), mask).sum().backward()
+    cells = torch.tensor([0, 0]), torch.tensor([0, 2])
+    mix(x, cells, torch.tensor([0.25, 0.5]), torch.ones(2, 2), mask).sum().backward()
     assert x.grad[0].tolist() == [[0, 0], [1, 1], [0, 0]]
     assert mask.grad.tolist() == [1.25, 1.25]
 
 
 @pytest.mark.parametrize("options, says", [
     (dict(weight="entropie"), "weight='entropie': choose from entropy, confidence"),
-    (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"), (dict(t_res=INF), "t_res=inf"),
-    (dict(terms=-1), "terms=-1"), (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
+    (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"),
+    (dict(t_res=INF), "t_res=inf"), (dict(residual_top_k=-1), "residual_top_k=-1"),
+    (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
 ])  # fmt: skip
 def test_bad_choices(options, says):
-    with pytest.raises(ValueError, match=says) as error:
-        Residual(**options)
-    assert "\n" not in str(error.value)
+    for kind in (Residual, Carry) if "weight" in options else (Carry,):
+        with pytest.raises(ValueError, match=says) as error:
+            kind(**options)
+        assert "\n" not in str(error.value)
+
+
+def test_options_of_earlier_runs_have_todays_names():
+    assert Carry(**carry_options({"weight": "fixed", "terms": 3})) == Carry("fixed", residual_top_k=3)
+    assert carry_options({"residual_top_k": 2}) == {"residual_top_k": 2}

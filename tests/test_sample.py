@@ -1,4 +1,7 @@
-"""sample.py: what it prints, draws and writes is what denoise() did; mistakes are one line. Models are tiny and random."""
+"""sample.py, its canvases, viewers and evaluation: what is printed, drawn and written is what denoise() did.
+
+A mistake is one line. The models are tiny and random.
+"""
 
 import io
 import json
@@ -23,6 +26,8 @@ import sample
 from rcd import Residual, Sampler, denoise
 from zoo import files
 from zoo import tokenizer as tokenizers
+from zoo.decoding import Carry, Decoding
+from zoo.tools import command, evaluate, viewers
 
 ROOT = Path(__file__).resolve().parents[1]
 PUZZLE = "1_3__6" + "_" * 12 + "4_6123" + "______" + "31_5__"  # 6x6, any digits
@@ -40,15 +45,19 @@ def save_run(folder: Path, tokenizer, meta: dict, seed: int, **config) -> rcd.Tr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run folders under out/: grid (a target with its reference), blocks (block-causal), text (bytes, block-causal too), stream."""
+    """Run folders under out/: grid (target and reference), blocks and text (block-causal), stream."""
     out = tmp_path_factory.mktemp("sample") / "out"
-    target, few = {"data": "sudoku", "stage": "target", "reference": "../reference"}, tokenizers.CharTokenizer("\n abcde", ["<mask>"])
+    target, reference = {"data": "sudoku", "stage": "target"}, {"data": "sudoku", "stage": "reference"}
+    paired = {**target, "reference": "../reference"}
+    base = {"data": "shakespeare_char", "stage": "base"}
+    few = tokenizers.CharTokenizer("\n abcde", ["<mask>"])
+    ends = dict(eos_ids=(256,), pad_id=256)
     models = {
-        "grid/target": save_run(out / "grid/target", DIGITS, target, 1, max_len=36),
-        "grid/reference": save_run(out / "grid/reference", DIGITS, {"data": "sudoku", "stage": "reference"}, 2, max_len=36),
-        "blocks": save_run(out / "blocks", DIGITS, {"data": "sudoku", "stage": "target"}, 3, block_size=6, max_len=36),
-        "text": save_run(out / "text", BYTES, {"stage": "target"}, 4, block_size=8, eos_ids=(256,), pad_id=256, max_len=68),
-        "stream": save_run(out / "stream", few, {"data": "shakespeare_char", "stage": "base"}, 5, max_len=40),
+        "grid/target": save_run(out / "grid/target", DIGITS, paired, 1, max_len=36),
+        "grid/reference": save_run(out / "grid/reference", DIGITS, reference, 2, max_len=36),
+        "blocks": save_run(out / "blocks", DIGITS, target, 3, block_size=6, max_len=36),
+        "text": save_run(out / "text", BYTES, {"stage": "target"}, 4, block_size=8, max_len=68, **ends),
+        "stream": save_run(out / "stream", few, base, 5, max_len=40),
     }
     return out.parent, models
 
@@ -62,7 +71,7 @@ def cli(runs, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--dtype=float32", *options])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         try:
-            sample.run(sample.main)
+            command.run(sample.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -78,15 +87,18 @@ def by_hand(model, canvas: str, sampler: Sampler, reference=None) -> tuple[list[
     return ["".join("123456_"[i] for i in step.tokens[0].tolist()) for step in steps], int(steps[-1].nfe[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plain text
 
 
-@pytest.mark.parametrize("sampler", [Sampler(steps=5), Sampler(rule="threshold", threshold=0.3), Sampler(steps=4, start="warm")])
+@pytest.mark.parametrize("sampler", [
+    Sampler(steps=5), Sampler(rule="threshold", threshold=0.3), Sampler(steps=4, start="warm"),
+])  # fmt: skip
 def test_plain_lines_are_the_steps(cli, runs, sampler):
     models = runs[1]
-    options = [f"--threshold={sampler.threshold}"] if sampler.rule == "threshold" else [f"--steps={sampler.steps}"]
-    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", f"--start={sampler.start}", *options)
+    name = "threshold" if sampler.rule == "threshold" else "steps"
+    option = f"--{name}={getattr(sampler, name)}"
+    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", f"--start={sampler.start}", option)
     states, nfe = by_hand(models["grid/target"], PUZZLE, sampler, models["grid/reference"])
     lines = out.splitlines()
     assert code == 0 and "\x1b" not in out
@@ -100,8 +112,9 @@ def test_plain_lines_are_the_steps(cli, runs, sampler):
 
 
 def test_samples_of_several_batches(cli):
-    """Five equal canvases in batches of two: three live views, every sample once, numbers over all of them."""
-    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=3", "--num_samples=5", "--batch_size=2")
+    """Five canvases in batches of two: three are seen live, each is printed once, numbers are of all."""
+    several = ["--num_samples=5", "--batch_size=2"]
+    code, out, _ = cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=3", *several)
     assert code == 0
     assert len(re.findall(r"^  3 \d{36}$", out, re.M)) == 3
     assert re.findall(r"^RCD (\d):$", out, re.M) == list("12345")
@@ -118,42 +131,48 @@ def test_compare_runs_seqd_on_the_reference(cli, runs):
     assert "SeqD runs on the reference, out/grid/reference" in err
     _, out, err = cli("--model=blocks", f"--prompt={PUZZLE}", "--steps=6", "--compare")
     seqd, _ = by_hand(models["blocks"], PUZZLE, Sampler(steps=6, carry="none"))
-    assert out.splitlines()[0].startswith("    SeqD (same weights)") and out.splitlines()[7].startswith(f"  6 {seqd[-1]} | ")
+    lines = out.splitlines()
+    assert lines[0].startswith("    SeqD (same weights)") and lines[7].startswith(f"  6 {seqd[-1]} | ")
     assert "SeqD runs on the model's own weights" in err
 
 
 def test_text_is_continued(cli, runs):
-    """A batch of one byte-level prompt: continued by whole blocks, decoded as a whole, nothing raw reaches the output."""
+    """A byte-level prompt: continued by whole blocks, decoded as a whole, no control character is printed."""
     model = runs[1]["text"]
     code, out, _ = cli("--model=text", "--prompt=naïve 日本\x1b[31m", "--max_new=20", "--steps=9", "--seed=3")
     ids = BYTES.encode("naïve 日本\x1b[31m")
     responses, nfe = rcd.generate(model, [ids], 20, Sampler(steps=9))
     lines = out.splitlines()
-    assert code == 0 and lines[0] == "  0 naïve 日本␛[31m" + "_" * (-(-(len(ids) + 20) // 8) * 8 - len(ids))
+    masks = -(-(len(ids) + 20) // 8) * 8 - len(ids)
+    assert code == 0 and lines[0] == "  0 naïve 日本␛[31m" + "_" * masks
     assert not any(unicodedata.category(c) == "Cc" for c in out.replace("\n", ""))
-    shown = "".join(sample.glyphs(BYTES.decode(ids + responses[0]), "\n"))
+    shown = "".join(viewers.glyphs(BYTES.decode(ids + responses[0]), "\n"))
     assert shown.replace("\n", "↵") in out and f", {nfe[0]} NFE, " in lines[-1]
-    assert cli("--model=text", "--prompt=xyz", "--steps=9")[1].startswith("  0 xyz" + "_" * 61 + "\n")  # whole blocks of 8 within 68
+    whole_blocks = "_" * 61  # blocks of 8 within 68
+    assert cli("--model=text", "--prompt=xyz", "--steps=9")[1].startswith(f"  0 xyz{whole_blocks}\n")
 
 
 CHAT = tokenizers.bytes_tokenizer(["<eos>", "<mask>", "<|im_start|>", "<|im_end|>"])
+CHAT_CONFIG = dict(eos_ids=(256,), pad_id=256, max_len=64)
 ASKED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("block_size", [4, 0])
 def test_a_chat_models_answer_is_text(cli, runs, block_size):
-    """Nothing but the answer on stdout, the numbers on stderr; several answers one after the other; --no-stream shows the steps."""
+    """The answer on stdout, the numbers on stderr; several answers in a row; --no-stream shows the steps."""
     meta = {"template": "qwen3", "stage": "target"}
-    model = save_run(runs[0] / "out/chat", CHAT, meta, 9, block_size=block_size, eos_ids=(256,), pad_id=256, max_len=64)
+    model = save_run(runs[0] / "out/chat", CHAT, meta, 9, block_size=block_size, **CHAT_CONFIG)
     ids = CHAT.encode(ASKED, allow_special=True)
     [response], [nfe] = rcd.generate(model, [ids], 20, Sampler(rule="threshold", threshold=0.2))
-    text = "".join(sample.glyphs(CHAT.decode(response), "\n"))
+    text = "".join(viewers.glyphs(CHAT.decode(response), "\n"))
     options = ["--model=chat", "--prompt=Hi", "--max_new=20", "--threshold=0.2"]
     assert len(text) > 5 and "\t" not in CHAT.decode(response)
     for more in ([], ["--plain"]):
         code, out, err = cli(*options, *more)
-        assert code == 0 and out == text + "\n" and re.fullmatch(rf"\d+ tokens, {nfe} NFE, .*", err.splitlines()[-1])
-    assert cli(*options, "--num_samples=3", "--batch_size=2")[1] == "".join(f"\nRCD {i}:\n{text}\n" for i in (1, 2, 3))
+        assert code == 0 and out == text + "\n"
+        assert re.fullmatch(rf"\d+ tokens, {nfe} NFE, .*", err.splitlines()[-1])
+    three = "".join(f"\nRCD {i}:\n{text}\n" for i in (1, 2, 3))
+    assert cli(*options, "--num_samples=3", "--batch_size=2")[1] == three
     asked = ASKED.replace("\n", "↵")
     assert cli(*options, "--no-stream")[1].startswith(f"  0 {asked}____")
     assert f" {asked}____" in cli(*options, "--compare")[1]
@@ -161,12 +180,14 @@ def test_a_chat_models_answer_is_text(cli, runs, block_size):
 
 
 def test_an_answer_appears_as_its_blocks_fill(cli, runs, monkeypatch, capsys):
-    """Seven commits by hand: a character is held back until its bytes are there, what stands behind a mask until the mask is filled."""
-    save_run(runs[0] / "out/chat4", CHAT, {"template": "qwen3"}, 9, block_size=4, eos_ids=(256,), pad_id=256, max_len=64)
+    """Seven commits by hand. A character is printed when its bytes are there and no mask is before it."""
+    save_run(runs[0] / "out/chat4", CHAT, {"template": "qwen3"}, 9, block_size=4, **CHAT_CONFIG)
     start, seen = len(CHAT.encode(ASKED, allow_special=True)), []
     answer = [*"é\tab日\x1b!".encode(), 256]
     # cells of the answer that a step commits, and the text that is complete after it
-    script = [([1, 2], ""), ([0], "é\t"), ([4, 5, 6], ""), ([3], "ab"), ([7], "日"), ([9, 10], ""), ([8], "␛!")]
+    script = [
+        ([1, 2], ""), ([0], "é\t"), ([4, 5, 6], ""), ([3], "ab"), ([7], "日"), ([9, 10], ""), ([8], "␛!"),
+    ]  # fmt: skip
 
     def scripted(model, canvas, *_rest, **_more):
         for number, (cells, _text) in enumerate(script):
@@ -175,7 +196,8 @@ def test_an_answer_appears_as_its_blocks_fill(cli, runs, monkeypatch, capsys):
             canvas[0, [start + i for i in cells]] = torch.tensor([answer[i] for i in cells])
             if number == len(script) - 1:
                 canvas[0, start + len(answer) :] = 256
-            yield rcd.Step(0, canvas.clone(), committed, committed.float(), torch.zeros(canvas.shape), torch.tensor([number + 1]))
+            alpha, nfe = torch.zeros(canvas.shape), torch.tensor([number + 1])
+            yield rcd.Step(0, canvas.clone(), committed, committed.float(), alpha, nfe)
             seen.append(capsys.readouterr().out)
 
     monkeypatch.setattr(sample, "denoise", scripted)
@@ -183,27 +205,31 @@ def test_an_answer_appears_as_its_blocks_fill(cli, runs, monkeypatch, capsys):
     assert code == 0 and seen == [text for _, text in script] and out == "\n"
 
 
-def test_draws_depend_on_the_seed_alone(cli):
-    first, again, other = (cli("--model=stream", "--temperature=1", "--steps=4", f"--seed={seed}")[1].splitlines()[4] for seed in (1, 1, 2))
+def test_draws_depend_on_the_seed_only(cli):
+    options = ["--model=stream", "--temperature=1", "--steps=4"]
+    first, again, other = (cli(*options, f"--seed={seed}")[1].splitlines()[4] for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_prompts_from_everywhere(cli, tmp_path):
-    """Typed, from a file, from stdin; with white space; "_" and "." are masks where the vocabulary has no such character."""
+    """Typed, from a file, from stdin; with white space; "_" and "." are masks if they are no characters."""
     file = tmp_path / "puzzle.txt"
     file.write_text("\n".join(PUZZLE[i : i + 6].replace("_", ".") for i in range(0, 36, 6)))
-    outputs = [cli("--model=grid/target", "--steps=2", prompt, stdin=PUZZLE.encode() + b"\n")[1].splitlines()[:-1]
-               for prompt in (f"--prompt={PUZZLE}", f"--prompt={file}", "--prompt=-")]  # fmt: skip
+    outputs = []
+    for prompt in (PUZZLE, file, "-"):
+        out = cli("--model=grid/target", "--steps=2", f"--prompt={prompt}", stdin=PUZZLE.encode() + b"\n")[1]
+        outputs.append(out.splitlines()[:-1])  # without the numbers, which hold a time
     assert outputs[0][0] == f"  0 {PUZZLE}" and outputs[0] == outputs[1] == outputs[2]
-    assert cli("--model=stream", "--prompt=a_ b.c"[:-2], "--steps=1")[1].startswith("  0 a_ b\n")
+    assert cli("--model=stream", "--prompt=a_ b", "--steps=1")[1].startswith("  0 a_ b\n")
     assert cli("--model=text", "--prompt=a_b*c*", "--infill=*", "--steps=2")[1].startswith("  0 a_b_c_\n")
     assert cli("--model=stream", "--steps=2")[1].startswith("  0 " + "_" * 40 + "\n")  # no prompt: all of it
 
 
 def test_examples_are_drawn_with_the_seed(cli, runs):
-    """Without a prompt: new test examples of the model's own data set, prepared as it was, and the answers are checked."""
+    """Without a prompt: new test examples, prepared as the model's data set was. Answers are checked."""
     tokenizer = tokenizers.CharTokenizer("0123456789+=,.", ["<eos>", "<mask>"])
-    meta = {"data": "sums", "data_command": "python data/sums/prepare.py --terms 3 --digits 1 --train 5000", "stage": "target"}
+    prepared = "python data/sums/prepare.py --terms 3 --digits 1 --train 5000"
+    meta = {"data": "sums", "data_command": prepared, "stage": "target"}
     save_run(runs[0] / "out/sums", tokenizer, meta, 6, max_len=12, eos_ids=(14,), pad_id=14)
     firsts = []
     for seed in (1, 1, 2):
@@ -211,7 +237,8 @@ def test_examples_are_drawn_with_the_seed(cli, runs):
         assert code == 0 and out.splitlines()[-1].endswith(", 0/1 right")
         firsts.append(out.splitlines()[0])
     assert cli("--model=sums", "--steps=2", "--num_samples=3")[1].splitlines()[-1].endswith(", 0/3 right")
-    assert cli("--model=sums", "--prompt=1+2+3=3,_.", "--steps=1")[1].startswith("  0 1+2+3=3,_.\n")  # "." is one of its characters
+    dot = cli("--model=sums", "--prompt=1+2+3=3,_.", "--steps=1")[1]  # "." is one of its characters
+    assert dot.startswith("  0 1+2+3=3,_.\n")
     assert firsts[0] == firsts[1] != firsts[2]
     assert all(re.fullmatch(r"  0 \d\+\d\+\d=_{6}", line) for line in firsts)
 
@@ -221,28 +248,32 @@ def test_examples_are_drawn_with_the_seed(cli, runs):
     (["--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=0)),
     (["--steps=3"], dict(rule="static", steps=3)),
     (["--steps=3", "--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=3)),
-    (["--entropy_bound=0.2"], dict(rule="entropy", entropy_bound=0.2, steps=0)),
-    (["--certainty=margin"], dict(rule="static", certainty="margin", steps=0)),
+    (["--entropy_bound=0.2"], dict(rule="entropy-bounded", entropy_bound=0.2, steps=0)),
+    (["--rule=margin"], dict(rule="margin", steps=7)),
     (["--steps=3", "--rule=random", "--carry=none"], dict(rule="random", steps=3, carry="none")),
 ])  # fmt: skip
 def test_typed_options_win_over_the_models_own(cli, runs, monkeypatch, typed, expected):
-    meta = {"stage": "target", "sampler": {"rule": "threshold", "threshold": 0.6, "steps": 7}, "residual": {"t_res": 0.5}}
+    own = {"rule": "threshold", "threshold": 0.6, "steps": 7}
+    meta = {"stage": "target", "sampler": own, "residual": {"t_res": 0.5}}
     save_run(runs[0] / "out/own", DIGITS, meta, 7)
     seen = []
     monkeypatch.setattr(sample, "watch", lambda o, settings, *rest: seen.extend(settings))
     cli("--model=own", *typed)
     assert {name: getattr(seen[0].sampler, name) for name in expected} == expected
-    assert seen[0].residual == Residual(t_res=0.5)
+    assert seen[0].residual == Carry(t_res=0.5)
     cli("--model=stream", "--steps=2")
-    assert seen[1].label == "SeqD" and seen[1].sampler.carry == "none"  # a base was not trained to read residuals
+    assert (seen[1].label, seen[1].sampler.carry) == ("SeqD", "none")  # a base has never read residuals
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The terminal
 
 
 class Screen:
-    """As much of a terminal as the live view uses: rows of (character, style) cells without a right edge, `height` of them in sight."""
+    """As much of a terminal as viewers.Terminal uses: rows of (character, style), `height` of them in sight.
+
+    There is no right edge.
+    """
 
     def __init__(self, height: int):
         self.rows, self.row, self.column, self.height = [[]], 0, 0, height
@@ -277,7 +308,8 @@ def terminal(cli, monkeypatch):
     """terminal(*options) -> Screen: the same, with a pseudo-terminal of 80 x 24 as stdout."""
 
     def call(*options: str, **environment: str) -> Screen:
-        for name, value in {"COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color", "NO_COLOR": "", **environment}.items():
+        usual = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color", "NO_COLOR": ""}
+        for name, value in {**usual, **environment}.items():
             monkeypatch.setenv(name, value)
         master, slave = os.openpty()
         chunks = []
@@ -319,53 +351,58 @@ def test_terminal_shows_a_grid_in_place(terminal, runs):
     assert text[8].split("│")[1].strip() == "RCD step 5, 0 left" and text[9] == ""
     assert max(map(len, text[:9])) <= 80
     styles = [style for row in screen.rows[1:7] for _, style in row[4:15:2]]
-    born = [next(k for k, state in enumerate(a, 1) if state[i] != "_") for i in range(36)]
-    colour = {k: sample.RAMP[(k - 1) * 11 // 4] for k in range(1, 6)}
-    assert styles == ["" if PUZZLE[i] != "_" else f"{7 if born[i] == 5 else 0};38;5;{colour[born[i]]}" for i in range(36)]
+    for i, style in enumerate(styles):
+        step = next(k for k, state in enumerate(a, 1) if state[i] != "_")  # that committed it
+        colour, inverted = viewers.RAMP[(step - 1) * 11 // 4], 7 if step == 5 else 0
+        assert style == (f"{inverted};38;5;{colour}" if PUZZLE[i] == "_" else "")
 
 
 @pytest.mark.parametrize("option", ["--steps=3", "--steps=99", "--threshold=0.99"])
 def test_the_ramp_is_used_from_end_to_end(terminal, option):
-    """However many steps there are: a budget above what there is to fill counts as one step per token, and so does a high threshold."""
+    """Also if the budget is above the number of masks, or unknown: a step fills at least one mask."""
     screen = terminal("--model=grid/target", f"--prompt={PUZZLE}", option)
     colours = {style.split(";")[-1] for row in screen.rows[1:7] for _, style in row if style}
-    assert {str(sample.RAMP[0]), str(sample.RAMP[-1])} <= colours
+    assert {str(viewers.RAMP[0]), str(viewers.RAMP[-1])} <= colours
 
 
 def test_terminal_shows_short_text_line_by_line(terminal):
     screen = terminal("--model=stream", "--prompt=abc", "--steps=3", "--max_new=10")
     lines = [line for line in screen.text() if re.match(r" *\d+ abc", line)]
     assert [line[:3] for line in lines] == ["  0", "  1", "  2", "  3"]
-    assert lines[0] == "  0 abc" + "·" * 10 and not set(lines[3]) & set(sample.SHADES)
+    assert lines[0] == "  0 abc" + "·" * 10 and not set(lines[3]) & set(viewers.SHADES)
 
 
 def test_terminal_streams_an_answer(terminal, runs):
-    save_run(runs[0] / "out/chat8", CHAT, {"template": "qwen3"}, 9, block_size=4, eos_ids=(256,), pad_id=256, max_len=64)
+    save_run(runs[0] / "out/chat8", CHAT, {"template": "qwen3"}, 9, block_size=4, **CHAT_CONFIG)
     screen = terminal("--model=chat8", "--prompt=Hi", "--max_new=8")
     assert not any(style for row in screen.rows for _, style in row)
-    assert not any(c in line for c in sample.SHADES + "_" for line in screen.text()) and "user" not in "".join(screen.text())
+    text = "\n".join(screen.text())
+    assert not any(c in text for c in viewers.SHADES + "_") and "user" not in text
 
 
 def test_masks_are_shaded_by_alpha(terminal):
-    """SeqD carries nothing, so its masks stay at the lowest shade; a residual of fixed weight has the shade of that weight."""
+    """A residual of fixed weight has the shade of that weight. A weight of 0 has the lowest."""
     shades = {}
     for weight in ("0", "0.2", "0.5", "0.9"):
         carry = ["--carry=residual", "--weight=fixed", f"--fixed={weight}"]
         screen = terminal("--model=stream", "--prompt=abc", "--steps=4", "--max_new=10", *carry)
-        shades[weight] = set("".join(line for line in screen.text() if line.startswith("  1 "))) & set(sample.SHADES)
+        first = "".join(line for line in screen.text() if line.startswith("  1 "))
+        shades[weight] = set(first) & set(viewers.SHADES)
     assert shades == {"0": {"·"}, "0.2": {"░"}, "0.5": {"▒"}, "0.9": {"▓"}}
 
 
 def test_long_text_never_outgrows_the_screen(terminal, runs):
-    """40 columns, 8 rows: drawn in place, cut while it runs (or the cursor could not come back), whole at the end."""
+    """40 columns, 8 rows: cut while it runs, for the cursor to come back; whole at the end."""
     screen = terminal("--model=text", "--prompt=日本語 " + "x\n" * 5, "--steps=12", COLUMNS="40", LINES="8")
     text = screen.text()
     assert text[1:7] == ["    日本語 x↵", *["    x↵"] * 4, text[6]]
     assert sum("日本語" in line for line in text) == 1
-    assert not any(c in sample.SHADES for line in text[1:-4] for c in line)
+    assert not any(c in viewers.SHADES for line in text[1:-4] for c in line)
 
 
-@pytest.mark.parametrize("options, environment", [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})])
+@pytest.mark.parametrize("options, environment", [
+    (["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"}),
+])  # fmt: skip
 def test_no_colours_where_they_are_not_wanted(terminal, options, environment):
     screen = terminal("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2", *options, **environment)
     assert not any(style for row in screen.rows for _, style in row)
@@ -373,8 +410,8 @@ def test_no_colours_where_they_are_not_wanted(terminal, options, environment):
 
 
 @given(st.text(st.characters(exclude_categories=()), max_size=30))
-def test_nothing_that_steers_a_terminal_gets_through(text):
-    out = sample.glyphs(text, "\n")
+def test_no_control_character_reaches_a_terminal(text):
+    out = viewers.glyphs(text, "\n")
     assert all(c.isprintable() or c == "\n" for glyph in out for c in glyph)
     assert not out or unicodedata.category(out[0][0]) not in ("Mn", "Me")
     assert "".join(out).count("\n") == text.count("\n")
@@ -383,33 +420,32 @@ def test_nothing_that_steers_a_terminal_gets_through(text):
 
 
 def test_combining_marks_stay_with_their_letter():
-    assert sample.glyphs("e\u0301x\u0302\u0303", "") == ["e\u0301", "x\u0302\u0303"]
-    assert sample.glyphs("\u0301\n\u0301", "↵\n") == ["◌\u0301", "↵", "\n", "◌\u0301"]
+    assert viewers.glyphs("e\u0301x\u0302\u0303", "") == ["e\u0301", "x\u0302\u0303"]
+    assert viewers.glyphs("\u0301\n\u0301", "↵\n") == ["◌\u0301", "↵", "\n", "◌\u0301"]
+
+
+LOADED_BYTES = files.Loaded(tiny_model(vocab_size=258, mask_id=257), BYTES, Path(), None, {}, {})
 
 
 @given(st.lists(st.one_of(st.integers(0, 255), st.none()), min_size=1, max_size=24))
 def test_pieces_are_the_decoded_text(ids):
-    """Between masks the pieces put together are what the tokenizer decodes, however characters are cut into bytes."""
-    loaded = sample.zoo.Loaded(tiny_model(vocab_size=258, mask_id=257), BYTES, Path(), None, {}, {})
-    trace = sample.Trace("", loaded, [257 if i is None else i for i in ids])
+    """Between masks the pieces together are what the tokenizer decodes, also if a mask cuts a character."""
+    trace = viewers.Trace("", LOADED_BYTES, [257 if i is None else i for i in ids])
     pieces = trace.pieces()
     assert all(piece == "" for piece, i in zip(pieces, ids) if i is None)
-    runs = "".join("x" if i is None else "o" for i in ids)
-    for run in re.finditer("o+", runs):
-        assert "".join(pieces[run.start() : run.end()]) == BYTES.decode(ids[run.start() : run.end()])
+    for between in re.finditer("o+", "".join("x" if i is None else "o" for i in ids)):
+        at = slice(*between.span())
+        assert "".join(pieces[at]) == BYTES.decode(ids[at])
 
 
 def test_lines_are_as_wide_as_asked():
-    """A wide character takes two columns and is not cut; a mark that is a token by itself gets a circle to sit on."""
-    loaded = sample.zoo.Loaded(tiny_model(vocab_size=258, mask_id=257), BYTES, Path(), None, {}, {})
-    trace = sample.Trace("", loaded, BYTES.encode("ab日本\ncde\u0301f"))
-    view = object.__new__(sample.Terminal)
-    view.plain, view.budget = True, 0
-    template = "".join(map(chr, range(sample.CELL, sample.CELL + len(trace.ids))))
-    assert view.lines(trace, template, "\n", 3) == ["ab ", "日 ", "本 ", "cde", "◌\u0301f "]
+    """A wide character takes two columns and is not cut. A mark of its own stands on a circle."""
+    trace = viewers.Trace("", LOADED_BYTES, BYTES.encode("ab日本\ncde\u0301f"))
+    viewer = viewers.Terminal([trace], str, plain=True, budget=0)
+    assert viewer.lines(trace, viewer.in_a_row, "\n", 3) == ["ab ", "日 ", "本 ", "cde", "◌\u0301f "]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -420,8 +456,8 @@ def panels_of(page: str) -> list[dict]:
 def test_page_is_not_broken_by_a_token(runs):
     """A token that would end the script, as those of pretrained vocabularies may."""
     tokenizer = tokenizers.CharTokenizer("ab", ["</script><script>alert(1)</script>", "<mask>"])
-    loaded = sample.zoo.Loaded(tiny_model(vocab_size=4, mask_id=3), tokenizer, Path(), None, {}, {})
-    page = sample.page([sample.Trace("<b>", loaded, [0, 2, 3])], ["<i>"], str)
+    loaded = files.Loaded(tiny_model(vocab_size=4, mask_id=3), tokenizer, Path(), None, {}, {})
+    page = viewers.page([viewers.Trace("<b>", loaded, [0, 2, 3])], ["<i>"], str)
     assert page.count("<script>") == page.count("</script>") == 1 and "<b>" not in page
     assert panels_of(page)[0]["text"] == ["a", "</script><script>alert(1)</script>", ""]
 
@@ -429,26 +465,29 @@ def test_page_is_not_broken_by_a_token(runs):
 def test_page_holds_the_run_and_nothing_else(cli, runs, tmp_path):
     model, file = runs[1]["text"], tmp_path / "run.html"
     prompt = "</script><script>alert(1)</script> é\u2028"
-    code, out, _ = cli("--model=text", f"--prompt={prompt}", "--max_new=16", "--steps=6", "--compare", f"--html={file}")
+    options = ["--max_new=16", "--steps=6", "--compare", f"--html={file}"]
+    code, out, _ = cli("--model=text", f"--prompt={prompt}", *options)
     page = file.read_text(encoding="utf-8")
     assert code == 0
     assert not re.search(r"https?:|//[a-z]|\bsrc\s*=|<link|url\(|@import|<img|<iframe", page)
-    assert page.count("<script>") == page.count("</script>") == 1 and "alert(1)<" not in page and "\u2028" not in page
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert "alert(1)<" not in page and "\u2028" not in page
     panels = panels_of(page)
     assert [p["label"] for p in panels] == ["SeqD (same weights)", "RCD"]
     assert [p["stats"] for p in panels] == [line.split(": ", 1)[1] for line in out.splitlines()[-2:]]
     canvas, lengths = rcd.canvas_for(model.config, [BYTES.encode(prompt)], 16)
     steps = list(denoise(model, canvas, Sampler(steps=6), Residual()))
     panel = panels[1]
-    assert panel["open"] == (canvas[0] == model.config.mask_id).tolist()
+    assert panel["to_fill"] == (canvas[0] == model.config.mask_id).tolist()
     assert panel["layout"] == list(range(int(lengths[0])))
     assert len(panel["steps"]) == len(steps)
     for number, (cells, step) in enumerate(zip(panel["steps"], steps), 1):
         looked = step.confidence[0].nonzero()[:, 0].tolist()
         assert [i for i, _, _ in cells] == looked
         for i, confidence, alpha in cells:
-            assert (panel["born"][i] == number) == bool(step.committed[0, i])
-            assert [confidence, alpha] == pytest.approx([step.confidence[0, i].item(), step.alpha[0, i].item()], abs=5.1e-4)
+            assert (panel["committed_at"][i] == number) == bool(step.committed[0, i])
+            expected = step.confidence[0, i].item(), step.alpha[0, i].item()
+            assert (confidence, alpha) == pytest.approx(expected, abs=5.1e-4)  # rounded to three places
     assert "".join(panel["text"]).startswith("</script><script>alert(1)</script> é ")
 
 
@@ -462,22 +501,24 @@ def test_page_lays_out_a_grid(cli, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 def test_eval_table_is_a_recount(cli, runs, tmp_path):
-    """Puzzles whose solutions are what SeqD makes of them in 4 steps, but for one: the table says so, and a recount agrees everywhere."""
-    models, rng = runs[1], np.random.default_rng(0)
-    puzzles = ["".join(rng.choice(list("123456_"), 36, p=[1 / 12] * 6 + [0.5])) for _ in range(4)]
-    solved = [by_hand(models["grid/reference"], p, Sampler(steps=4, carry="none"))[0][-1] for p in puzzles]
+    """Puzzles whose solutions are SeqD's in 4 steps, but for one: the table says so, and a recount agrees."""
+    models, rng, seqd = runs[1], np.random.default_rng(0), Sampler(steps=4, carry="none")
+    puzzles = ["".join(rng.choice(list("123456_"), 36, p=[0.14] * 6 + [0.16])) for _ in range(4)]
+    solved = [by_hand(models["grid/reference"], p, seqd)[0][-1] for p in puzzles]
     wrong = puzzles[0].index("_")
     solved[0] = solved[0][:wrong] + str(int(solved[0][wrong]) % 6 + 1) + solved[0][wrong + 1 :]
-    (tmp_path / "p.txt").write_text("\n\n".join(f"{p} {s}" for p, s in zip(puzzles, solved)))
-    code, out, _ = cli("--model=grid/target", f"--eval={tmp_path / 'p.txt'}", "--batch_size=1", f"--plot={tmp_path / 'p.png'}")
+    file, picture = tmp_path / "p.txt", tmp_path / "p.png"
+    file.write_text("\n\n".join(f"{p} {s}" for p, s in zip(puzzles, solved)))
+    code, out, _ = cli("--model=grid/target", f"--eval={file}", "--batch_size=1", f"--plot={picture}")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
-    assert code == 0 and len({len(line) for line in out.splitlines()}) == 1 and set("".join(rows[1])) == {"-", ":"}
-    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert code == 0 and len({len(line) for line in out.splitlines()}) == 1
+    assert set("".join(rows[1])) == {"-", ":"}
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {row[0] for row in rows[2:]} == {"SeqD", "RCD (cold)", "RCD (warm)"}
     for label, rule, accuracy, nfe, per_step in rows[2:]:
         value = float(re.search(r"[\d.]+", rule)[0])
@@ -496,35 +537,39 @@ def test_intervals_are_bootstrap_intervals():
     """Against resampling the items one by one."""
     for correct in ([True] * 60 + [False] * 40, [True] * 3 + [False] * 197, [False] * 50):
         draws = np.random.default_rng(5).choice(correct, (20_000, len(correct))).mean(1)
-        assert sample.interval(correct) == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.011)
+        assert evaluate.interval(correct) == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.011)
 
 
 def test_sweep_asks_for_no_fewer_steps_than_blocks(runs):
     models = runs[1]
-    settings = sample.sweep(None, models["blocks"], None, Sampler(), Residual(), 21.4)
+    settings = evaluate.sweep(None, models["blocks"], None, Decoding(), Carry(), 21.4)
     assert {s.label for s in settings} == {"RCD (cold)"}
     canvas = torch.full((1, 36), 6)
     for setting in settings:
         assert setting.sampler.rule == "threshold" or 6 <= setting.sampler.steps <= 22
         *_, step = denoise(setting.model, canvas, setting.sampler, setting.residual)
         assert not (step.tokens == 6).any()
-    free = sample.sweep(models["grid/reference"], models["grid/target"], models["grid/reference"], Sampler(), Residual(), 24.0)
-    assert [s.sampler.steps for s in free if s.label == "SeqD" and s.sampler.rule == "static"] == [1, 2, 3, 4, 5, 8, 12, 24]
+    target, reference = models["grid/target"], models["grid/reference"]
+    free = evaluate.sweep(reference, target, reference, Decoding(), Carry(), 24.0)
+    budgets = [s.sampler.steps for s in free if s.label == "SeqD" and s.sampler.rule == "static"]
+    assert budgets == [1, 2, 3, 4, 5, 8, 12, 24]
     assert {(s.label, s.sampler.carry, s.sampler.start) for s in free} == {
-        ("SeqD", "none", "cold"), ("RCD (cold)", "residual", "cold"), ("RCD (warm)", "residual", "warm")}  # fmt: skip
+        ("SeqD", "none", "cold"), ("RCD (cold)", "residual", "cold"), ("RCD (warm)", "residual", "warm"),
+    }  # fmt: skip
 
 
 def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    row = {"label": "SeqD", "rule": "static", "value": 4, "accuracy": 0.5, "nfe": 4.0, "correct": [True, False]}
-    sample.plot([row], tmp_path / "x.png", "")
-    assert capsys.readouterr().err.splitlines() == ['no plot, matplotlib is not installed: pip install -e ".[plot]"']
+    row = {"label": "SeqD", "rule": "static", "value": 4, "accuracy": 0.5, "nfe": 4.0, "correct": [True]}
+    evaluate.plot([row], tmp_path / "x.png", "")
+    says = 'no plot, matplotlib is not installed: pip install -e ".[plot]"\n'
+    assert capsys.readouterr().err == says
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -555,7 +600,9 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--reference=stream", f"--prompt={PUZZLE}", "--start=warm"], "another tokenizer"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(cli, runs, options, says):
-    for number, text in enumerate(["1_3_ 1234\n123 456", "1_3_ 1234\n2_3_ 1234", "1_3_ 1234\n1_3_ 123_", "1_3_", "1_3x 1234"]):
+    first = "1_3_ 1234\n"
+    bad = [first + "123 456", first + "2_3_ 1234", first + "1_3_ 123_", "1_3_", "1_3x 1234"]
+    for number, text in enumerate(bad):
         (runs[0] / f"bad{number}.txt").write_text(text)
     model = [] if any(o.startswith("--model") for o in options) else ["--model=grid/target"]
     code, out, err = cli(*model, *options)
@@ -570,9 +617,10 @@ def test_stdin_that_is_not_text(cli):
 
 
 def test_the_command_itself(runs):
-    """`python sample.py` in a process of its own. A reader that has seen enough, such as `head`, is no error."""
-    options = ["--model=out/grid/target", f"--prompt={PUZZLE}", "--steps=12", "--num_samples=50", "--batch_size=1"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *options], cwd=runs[0], env={**os.environ, "OMP_NUM_THREADS": "1"},
+    """`python sample.py` as a process. A reader that has seen enough, such as `head`, is no error."""
+    words = [sys.executable, str(ROOT / "sample.py"), "--model=out/grid/target", f"--prompt={PUZZLE}"]
+    words += ["--steps=12", "--num_samples=50", "--batch_size=1"]
+    process = subprocess.Popen(words, cwd=runs[0], env={**os.environ, "OMP_NUM_THREADS": "1"},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout.readline().decode() == f"  0 {PUZZLE}\n"
     process.stdout.close()
@@ -580,7 +628,7 @@ def test_the_command_itself(runs):
     assert process.wait(60) == 0 and len(err.splitlines()) == 2  # the model, the device
 
 
-@pytest.mark.skipif(not (ROOT / "zoo" / sample.MODEL / "config.json").is_file(), reason="no shipped checkpoint yet")
 def test_the_shipped_checkpoint(cli):
     code, out, _ = cli("--steps=8")
-    assert code == 0 and re.fullmatch(r"\d+ tokens, 8 NFE, [\d.]+ tokens/step, [\d,]+ tokens/s, [01]/1 right", out.splitlines()[-1])
+    numbers = r"\d+ tokens, 8 NFE, [\d.]+ tokens/step, [\d,]+ tokens/s, [01]/1 right"
+    assert code == 0 and re.fullmatch(numbers, out.splitlines()[-1])

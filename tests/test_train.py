@@ -1,5 +1,6 @@
-"""train.py end to end on a tiny configuration: files, resuming to the bit, the trajectory recipe against a literal transcription, bad input."""
+"""train.py on tiny models: a run's files, resuming to the bit, trajectories, memory and FLOPs, errors."""
 
+import functools
 import json
 import math
 import re
@@ -11,23 +12,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import rcd
 import train
 from data.common import write_dataset
 from data.sudoku import prepare
-from rcd import Config, Residual, Trajectories, Transformer, diffusion_loss
-from zoo import budget
+from rcd import Config, Residual, Transformer, diffusion_loss
+from zoo import recipes, speed
 from zoo.experts import Experts
 from zoo.files import load
+from zoo.recipes import Trajectories, init_weights
 from zoo.tokenizer import Tokenizer, bytes_tokenizer
+from zoo.tools import budget, command, training
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_head=1", "--d_model=32", "--eval_every=2", "--eval_items=2",
-        "--test_items=3", "--device=cpu", "--dtype=float32"]  # fmt: skip
+CPU = torch.device("cpu")
+TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_head=1", "--d_model=32",
+        "--eval_every=2", "--eval_items=2", "--test_items=3", "--device=cpu", "--dtype=float32"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +43,13 @@ def puzzles(tmp_path_factory):
     return folder
 
 
-def write_packed(folder: Path, tokenizer: Tokenizer, mask_id: int, pad_id: int, documents: dict[str, list], length: int) -> Path:
-    """A data set of packed rows: documents (ids, whether each is an answer's) of every split, one after the other, cut into rows between them."""
-    splits, numbers = {}, {}
+def write_packed(folder: Path, tokenizer: Tokenizer, mask_id: int, pad_id: int, documents: dict[str, list],
+                 length: int) -> Path:  # fmt: skip
+    """A data set of packed rows: documents one after the other, cut into rows between two of them.
+
+    A document is its ids, and of each of them whether it is an answer's.
+    """
+    splits = {}
     for split, texts in documents.items():
         rows = [[]]
         for ids, answer in texts:
@@ -47,16 +57,18 @@ def write_packed(folder: Path, tokenizer: Tokenizer, mask_id: int, pad_id: int, 
                 rows.append([])
             rows[-1].append((ids, answer))
         tokens, response = np.full((len(rows), length), pad_id), np.zeros((len(rows), length), bool)
-        numbers[split] = np.zeros((len(rows), length), np.uint16)
+        numbers = np.zeros((len(rows), length), np.uint16)
         for r, row in enumerate(rows):
             at = 0
             for k, (ids, answer) in enumerate(row, 1):
-                part = r, slice(at, at + len(ids))
-                tokens[part], response[part], numbers[split][part] = ids, answer, k
+                place = r, slice(at, at + len(ids))
+                tokens[place], response[place], numbers[place] = ids, answer, k
                 at += len(ids)
-        splits[split] = tokens, response, numbers[split]
-    facts = {"template": None, "packed": list(splits), "block": 1, "documents": {split: len(texts) for split, texts in documents.items()}}
-    write_dataset(folder, "gsm8k", tokenizer, splits, mask_id=mask_id, eos_id=pad_id, source="this test", licence="none", argv=[], facts=facts)
+        splits[split] = tokens, response, numbers
+    counts = {split: len(texts) for split, texts in documents.items()}
+    facts = {"template": None, "packed": list(splits), "block": 1, "documents": counts}
+    write_dataset(folder, "gsm8k", tokenizer, splits, mask_id=mask_id, eos_id=pad_id, source="this test",
+                  licence="none", argv=[], facts=facts)  # fmt: skip
     return folder
 
 
@@ -66,13 +78,15 @@ def packed(tmp_path_factory):
     draw, documents = np.random.default_rng(0), {}
     for split, count in (("train", 60), ("val", 12), ("test", 12)):
         sizes = draw.integers([4, 2], [12, 8], (count, 2)).tolist()
-        documents[split] = [(draw.integers(97, 123, q + a).tolist(), [False] * q + [True] * a) for q, a in sizes]
-    return write_packed(tmp_path_factory.mktemp("packed") / "data", bytes_tokenizer(["<eos>", "<mask>"]), 257, 256, documents, 40)
+        documents[split] = [(draw.integers(97, 123, q + a).tolist(), [False] * q + [True] * a)
+                            for q, a in sizes]  # fmt: skip
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    return write_packed(folder, bytes_tokenizer(["<eos>", "<mask>"]), 257, 256, documents, 40)
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, puzzles):
-    """run(*options): train.py in an empty folder, its options typed after the tiny ones."""
+def run_in_full(monkeypatch, tmp_path, puzzles):
+    """run_in_full(*options): train.py in an empty folder, its options typed after the tiny ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e12)  # takes 0.2 s
 
@@ -81,6 +95,17 @@ def run(monkeypatch, tmp_path, puzzles):
         train.main()
 
     return call
+
+
+@pytest.fixture
+def run(monkeypatch, run_in_full):
+    """The same without what takes longest and decides no weight.
+
+    A validation takes 4 x 4 canvases and not 4 x 256, and none to fill. No layer is traced for its memory.
+    """
+    monkeypatch.setattr(train, "validate", lambda *given: training.validate(*given[:5], 1 << 14, given[6]))
+    monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1 << 20)
+    return functools.partial(run_in_full, "--eval_items=0", "--test_items=0")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,65 +117,86 @@ def same(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_main_job(run, capsys):
-    run("--name=job")
-    out = capsys.readouterr().out
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def meta_of(folder: Path) -> dict:
+    return json.loads((folder / "train.json").read_text())
+
+
+def test_the_main_job(run_in_full, capsys):
+    run_in_full("--name=job", "--eval_every=3")
+    out, job = capsys.readouterr().out, Path("out/job")
     for stage in train.STAGES:
-        folder = Path("out/job") / stage
-        meta = json.loads((folder / "train.json").read_text())
-        steps = 4 if stage == "base" else 6
-        assert meta["stage"] == stage and meta["step"] == steps and meta["tokens"] == steps * 6 * 36
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [e["step"] for e in log] == list(range(1, steps + 1)) and all(e["mfu"] == e["tflops"] > 0 for e in log)
-        assert [e["step"] for e in log if "val_loss" in e] == list(range(2, steps + 1, 2)) and all("val_accuracy" in e for e in log if "val_loss" in e)
+        folder, steps = job / stage, 4 if stage == "base" else 6
+        meta, log = meta_of(folder), log_of(folder)
+        assert (meta["stage"], meta["step"], meta["tokens"]) == (stage, steps, steps * 6 * 36)
+        assert [e["step"] for e in log] == list(range(1, steps + 1))
+        assert all(e["mfu"] == e["tflops"] > 0 for e in log)
+        validated = [e for e in log if "val_loss" in e]
+        assert [e["step"] for e in validated] == [3, steps]
+        assert all("val_accuracy" in e for e in validated)
         assert not (folder / "state.safetensors").exists() and (folder / "tokenizer.json").exists()
         assert load(folder).config.mask_id == 6
-    # the reference and the target start from the base, and are no longer it, nor each other
-    assert not any(same(Path("out/job") / a, Path("out/job") / b) for a, b in (("base", "reference"), ("base", "target"), ("reference", "target")))
-    rows = json.loads(Path("out/job/table.json").read_text())["rows"]
-    assert {r["label"] for r in rows} == {"SeqD", "RCD (cold)", "RCD (self)"} and all(len(r["correct"]) == 3 for r in rows)
-    assert out.count("\n| SeqD") == sum(r["label"] == "SeqD" for r in rows) and "peak memory" in out and "device cpu (asked for)" in out
+    # The reference and the target start from the base, and are no longer it, nor each other.
+    pairs = (("base", "reference"), ("base", "target"), ("reference", "target"))
+    assert not any(same(job / a, job / b) for a, b in pairs)
+    rows = json.loads((job / "table.json").read_text())["rows"]
+    assert {r["label"] for r in rows} == {"SeqD", "RCD (cold)", "RCD (self)"}
+    assert all(len(r["correct"]) == 3 for r in rows)
+    assert out.count("\n| SeqD") == sum(r["label"] == "SeqD" for r in rows)
+    assert "peak memory" in out and "device cpu (asked for)" in out
+
+
+def stopped(run, monkeypatch, sent: int, at: int, *options: str) -> None:
+    """run(*options), with this signal inside step `at` of the stage that comes to it first."""
+    inner = train.learning_rate
+
+    def stops(o, step, steps):
+        if step == at:
+            signal.raise_signal(sent)
+        return inner(o, step, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", stops)
+        run(*options)
 
 
 @pytest.mark.parametrize("at, options", [
-    (0, []), (2, []), (2, ["--recipe=paper", "--ema=0.9"]), (0, ["--accumulate=2", "--ema=0.5"]), (2, ["--accumulate=2", "--ema=0.5"]),
-    (2, ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]), (2, ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
+    ((0, 2), []),
+    ((2,), ["--recipe=paper", "--ema=0.9"]),
+    ((0, 2), ["--accumulate=2", "--ema=0.5"]),
+    ((2,), ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]),
+    ((2,), ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
 ])  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, monkeypatch, packed, options, at):
+    """Ctrl-C, a real signal, inside these steps of every stage."""
     options = [f"--data={packed}" if o == "packed" else o for o in options]
-    run("--name=whole", "--test_items=0", *options)
-    inner, interrupted = train.learning_rate, []
-
-    def interrupts(o, step, steps):  # Ctrl-C inside step `at` of every stage: a real signal
-        if step == at and not interrupted:
-            interrupted.append(step)
-            signal.raise_signal(signal.SIGINT)
-        return inner(o, step, steps)
-
+    run("--name=whole", *options)
     for stage in train.STAGES:
-        interrupted.clear()
-        monkeypatch.setattr(train, "learning_rate", interrupts)
-        with pytest.raises(KeyboardInterrupt):
-            run("--name=cut", "--test_items=0", "--resume", *options)
-        told = capsys.readouterr().err
-        assert f"{stage}: stopped at step {at + 1} of" in told and "--resume" in told and (Path("out/cut") / stage / "state.safetensors").exists()
-        monkeypatch.setattr(train, "learning_rate", inner)
-        run("--name=cut", "--test_items=0", "--resume", f"--stage={stage}", *options)
+        for step in at:
+            capsys.readouterr()
+            stopped(run, monkeypatch, signal.SIGINT, step, "--name=cut", "--resume", *options)
+            told = capsys.readouterr().err
+            assert f"{stage}: stopped at step {step + 1} of" in told and "--resume" in told
+            assert (Path("out/cut") / stage / "state.safetensors").exists()
+    run("--name=cut", "--resume", *options)
     for stage in train.STAGES:
-        assert same(Path("out/whole") / stage, Path("out/cut") / stage), stage
-        whole, cut = (json.loads((Path("out") / n / stage / "train.json").read_text())["val_loss"] for n in ("whole", "cut"))
-        assert whole == cut
+        whole, cut = Path("out/whole") / stage, Path("out/cut") / stage
+        assert same(whole, cut), stage
+        assert meta_of(whole)["val_loss"] == meta_of(cut)["val_loss"]
 
 
 def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypatch):
     run("--name=whole", "--stage=base")
-    inner, calls = train.diffusion_loss, {"n": 0}
+    inner, calls = train.diffusion_loss, []
 
-    def dies(*args, **kwargs):
-        calls["n"] += torch.is_grad_enabled()
-        if calls["n"] == 4:  # after the save at step 2
+    def dies(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:  # after the save at step 2
             raise MemoryError
-        return inner(*args, **kwargs)
+        return inner(*args, **options)
 
     monkeypatch.setattr(train, "diffusion_loss", dies)
     with pytest.raises(MemoryError):
@@ -158,24 +204,34 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypat
     monkeypatch.setattr(train, "diffusion_loss", inner)
     run("--name=dead", "--stage=base", "--resume")
     assert same(Path("out/whole/base"), Path("out/dead/base"))
-    steps = [json.loads(line)["step"] for line in Path("out/dead/base/log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert [e["step"] for e in log_of(Path("out/dead/base"))] == [1, 2, 3, 4]
 
 
 def test_resuming_under_other_options_is_refused(run, monkeypatch):
-    inner = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda o, step, steps: (step == 2 and stop()) or inner(o, step, steps))
-    sent = []
-
-    def stop():  # SIGTERM is what a scheduler sends; the rate is asked for twice a step, a second signal would interrupt at once
-        if not sent:
-            sent.append(signal.raise_signal(signal.SIGTERM))
-
-    with pytest.raises(KeyboardInterrupt):
-        run("--name=x", "--stage=base")
+    stopped(run, monkeypatch, signal.SIGTERM, 2, "--name=x", "--stage=base")  # as schedulers do
     with pytest.raises(ValueError, match=r"was trained with other options: lr=0.001 \(now 0.5\)"):
         run("--name=x", "--stage=base", "--resume", "--lr=0.5")
     run("--name=x", "--stage=base", "--resume", "--eval_every=1")  # what is shown may change
+
+
+def test_a_state_of_an_earlier_version_resumes_to_the_same_bits(run, monkeypatch, packed):
+    """It has two options by other names, and the documents of trajectories by number, not by position."""
+    options = [f"--data={packed}", "--recipe=trajectory", "--buffer=2"]
+    run("--name=x", "--stage=base", *options)
+    run("--name=whole", "--stage=target", "--init_from=out/x/base", *options)
+    options += ["--name=cut", "--stage=target", "--init_from=out/x/base"]
+    stopped(run, monkeypatch, signal.SIGINT, 3, *options)
+    path = Path("out/cut/target/state.safetensors")
+    with safe_open(path, "pt") as f:
+        saved = f.metadata()
+    saved |= {"pool": saved.pop("buffer"), "terms": saved.pop("residual_top_k")}
+    tensors = load_file(path)
+    for i in range(2):
+        positions = tensors.pop(f"trajectory{i}.positions")
+        tensors[f"trajectory{i}.segments"] = (positions == 0).long().cumsum(1)
+    save_file(tensors, path, metadata=saved)
+    run("--resume", *options)
+    assert same(Path("out/whole/target"), Path("out/cut/target"))
 
 
 def test_seed_decides(run):
@@ -194,70 +250,87 @@ def test_checkpointed_activations_change_no_bit(run, packed, data):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_accumulated_parts_are_the_whole_batch(run, packed, monkeypatch, shift):
-    """Rows hold different numbers of answer tokens, and every token counts alike. With t = 1 everything is masked and nothing is random."""
-    monkeypatch.setattr(rcd, "sample_t", lambda rows, *_: torch.ones(rows, 1))
-    inner = rcd.Config.__init__
-    monkeypatch.setattr(rcd.Config, "__init__", lambda self, **values: inner(self, **{**values, "logit_shift": shift}))
-    for parts in (1, 2, 5):
-        run(f"--name={parts}", f"--data={packed}", "--stage=base", "--base_steps=2", "--warmup=0", "--lr=0.01", "--clip=0", f"--accumulate={parts}")
-    whole, losses = weights(Path("out/1/base")), []
-    for parts in (1, 2, 5):
-        for name, value in weights(Path(f"out/{parts}/base")).items():
+def test_accumulated_pieces_are_the_whole_batch(run, packed, monkeypatch, shift):
+    """Rows hold different numbers of answer tokens, and every token counts alike.
+
+    With t = 1 everything is masked and nothing is random.
+    """
+    monkeypatch.setattr(recipes, "sample_t", lambda rows, *_: torch.ones(rows, 1))
+    inner = Config.__init__
+    shifted = {"logit_shift": shift}
+    monkeypatch.setattr(Config, "__init__", lambda self, **given: inner(self, **given | shifted))
+    options = [f"--data={packed}", "--stage=base", "--base_steps=2", "--warmup=0", "--lr=0.01", "--clip=0"]
+    losses = []
+    for pieces in (1, 2, 5):
+        run(f"--name={pieces}", f"--accumulate={pieces}", *options)
+        whole, folder = weights(Path("out/1/base")), Path(f"out/{pieces}/base")
+        for name, value in weights(folder).items():
             torch.testing.assert_close(value, whole[name], atol=2e-4, rtol=0)
-        losses.append([json.loads(line)["loss"] for line in Path(f"out/{parts}/base/log.jsonl").read_text().splitlines()])
+        losses.append([e["loss"] for e in log_of(folder)])
     assert losses[1] == pytest.approx(losses[0], abs=2e-5) and losses[2] == pytest.approx(losses[0], abs=2e-5)
 
 
 def test_a_batch_is_rows_of_the_files(packed):
-    """Tokens, response and segments of the same row, in the dtypes that the loss takes; None where rows are not packed."""
-    import data
-
+    """Tokens, response and positions of the same row, in the dtypes that the loss takes."""
     dataset, generator = data.load(packed), torch.Generator().manual_seed(0)
-    tokens, response, segments = train.batches(dataset, "train", 40)(200, generator)
-    rows = {t.tobytes(): (r, s) for t, r, s in zip(*(np.asarray(f("train")) for f in (dataset.tokens, dataset.response, dataset.segments)))}
-    assert tokens.dtype == segments.dtype == torch.int64 and response.dtype == torch.bool
-    for t, r, s in zip(tokens, response, segments):
-        expected = rows[t.numpy().astype(np.uint16).tobytes()]
-        assert (r.numpy() == expected[0]).all() and (s.numpy() == expected[1]).all()
-    assert (segments == 0).any() and (segments == 2).any() and not response[segments == 0].any()
+    tokens, response, positions = training.batches(dataset, "train", 40)(200, generator)
+    files = (np.asarray(f("train")) for f in (dataset.tokens, dataset.response, dataset.segments))
+    rows = {t.tobytes(): (r, s) for t, r, s in zip(*files)}
+    assert tokens.dtype == positions.dtype == torch.int64 and response.dtype == torch.bool
+    numbers = []
+    for t, r, p in zip(tokens, response, positions):
+        expected, segments = rows[t.numpy().astype(np.uint16).tobytes()]
+        assert (r.numpy() == expected).all()
+        assert p.tolist() == [i for d in documents_of(segments) for i in range(len(d))]
+        numbers.append(segments)
+    numbers = np.stack(numbers)
+    assert (numbers == 0).any() and (numbers == 2).any() and not response.numpy()[numbers == 0].any()
 
 
 def test_conversion_of_another_model(run):
     """--init_from replaces the base; --reference may be another, smaller model (small-to-large)."""
     run("--name=small", "--stage=base")
-    run("--name=big", "--stage=base", "--d_model=64", "--n_head=2")
-    run("--name=big", "--stage=target", "--init_from=out/big/base", "--recipe=paper", "--reference=small/base", "--d_model=64", "--n_head=2")
+    large = ["--name=big", "--d_model=64", "--n_head=2"]
+    run(*large, "--stage=base")
+    run(*large, "--stage=target", "--init_from=out/big/base", "--recipe=paper", "--reference=small/base")
     assert load("out/big/target").config.d_model == 64
-    assert json.loads(Path("out/big/target/train.json").read_text())["reference"] == "small/base"
+    assert meta_of(Path("out/big/target"))["reference"] == "small/base"
 
 
 def test_learning_rate_by_hand():
     o = train.Train(lr=1.0, warmup=0.1, schedule="cosine")
-    assert [train.learning_rate(o, i, 100) for i in (0, 9, 10)] == [0.1, 1.0, 1.0]
-    assert train.learning_rate(o, 55, 100) == pytest.approx(0.1 + 0.9 / 2)  # half-way down the cosine
-    assert train.learning_rate(o, 100, 100) == pytest.approx(0.1)
+    assert [training.learning_rate(o, i, 100) for i in (0, 9, 10)] == [0.1, 1.0, 1.0]
+    assert training.learning_rate(o, 55, 100) == pytest.approx(0.1 + 0.9 / 2)  # half-way down the cosine
+    assert training.learning_rate(o, 100, 100) == pytest.approx(0.1)
     o.schedule = "constant"
-    assert train.learning_rate(o, 99, 100) == 1.0
+    assert training.learning_rate(o, 99, 100) == 1.0
 
 
-# The trajectory recipe: one denoising step of every trajectory, written out cell by cell.
+# ---- The trajectory recipe: one denoising step of every trajectory, written out cell by cell
 
-
+SMALL = dict(vocab_size=9, mask_id=8, n_head=1, n_kv_head=1, head_dim=8, d_model=16, d_ff=24)
 PACKED = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1, 1, 1, 2, 2, 2, 0, 0]])  # 0 = padding
 
 
-def documents_of(row: torch.Tensor) -> list[range]:
+def documents_of(row: torch.Tensor | np.ndarray) -> list[range]:
     """Where each document of a row lies, padding included."""
     cuts = [0, *(j for j in range(1, len(row)) if row[j] != row[j - 1]), len(row)]
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
+def positions_of(segments: torch.Tensor | None) -> torch.Tensor | None:
+    """The position of each token in its document, document by document."""
+    if segments is None:
+        return None
+    return torch.tensor([[i for d in documents_of(row) for i in range(len(d))] for row in segments])
+
+
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["", "packed"])
 @pytest.mark.parametrize("block_size", [0, 4])
 def test_trajectories_against_a_literal_transcription(block_size, segments):
-    T, B, c = 8, 3, Config(vocab_size=9, mask_id=8, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, d_model=16, d_ff=24, block_size=block_size)
-    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
+    T, B = 8, 3
+    c = Config(**SMALL | dict(n_layer=2, n_head=2, block_size=block_size))
+    model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4 if p.dim() == 2 else 1)
@@ -266,19 +339,25 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
     response = torch.ones(B, T, dtype=torch.bool)
     response[0, :3] = response[1, 5] = False
     documents = [documents_of(row) for row in (torch.ones(B, T) if segments is None else segments)]
-    for i in range(B):  # one given token in a document: cells that see nothing but masks would be equally sure
+    for i in range(B):  # one given token in a document: cells that see only masks would be equally sure
         for d in documents[i]:
             response[i, d[0]] = False
     if segments is not None:
         response &= segments > 0
     trajectories = Trajectories(c, B, T, packed=segments is not None)
-    asked = []
+    asked, positions = [], positions_of(segments)
+
+    def fresh(n: int):
+        asked.append(n)
+        return tokens, response, positions
+
     masked, carried, left = response.clone(), {}, None
     for step in range(4):
-        loss = trajectories.loss(model, lambda n: asked.append(n) or (tokens, response, segments), residual, generator)
-        left = trajectories.state["left"] + 1 if step == 0 else left  # budgets are drawn inside; from here on they count down
-        # the input: the truth, [MASK], or the mix of the residual that the step before left
-        x = model.embed(tokens.masked_fill(masked, c.mask_id)).clone()
+        loss = trajectories.loss(model, fresh, residual, generator)
+        if step == 0:
+            left = trajectories.state["left"] + 1  # budgets are drawn inside; from here on they count down
+        # The input: the truth, [MASK], or the mix of the residual that the step before left.
+        x = model.embed_tokens(tokens.masked_fill(masked, c.mask_id)).clone()
         for (row, column), (alpha, delta) in carried.items():
             x[row, column] = (1 - alpha) * model.embedding[c.mask_id] + alpha * delta
         logits = torch.zeros(B, T, 9)
@@ -293,17 +372,18 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
                         expected = expected - logits[i, j].log_softmax(-1)[tokens[i, j]] / level
         assert loss.item() == pytest.approx(float(expected / response.sum()), rel=1e-4)
         loss.backward()
-        if left is None or (left < 1).any():
+        if (left < 1).any():
             break
-        # commit: per block, the surest of those still masked, as many as keep the budget; carry the rest
+        # Commit, per block, the surest of those still masked, as many as keep the budget. Carry the rest.
         confidence, now = logits.softmax(-1).amax(-1), masked.clone()
         for i in range(B):
-            tau = float(trajectories.state["threshold"][i])
-            for columns in (d[k : k + (block_size or T)] for d in documents[i] for k in range(0, len(d), block_size or T)):
-                open_cells = sorted((j for j in columns if masked[i, j]), key=lambda j: -confidence[i, j].item())
-                for j in open_cells[: math.ceil(len(open_cells) / max(int(left[i]), 1))]:
+            tau, b = float(trajectories.state["threshold"][i]), block_size or T
+            for columns in (d[k : k + b] for d in documents[i] for k in range(0, len(d), b)):
+                still = [j for j in columns if masked[i, j]]
+                surest = sorted(still, key=lambda j: -confidence[i, j].item())
+                for j in surest[: math.ceil(len(still) / max(int(left[i]), 1))]:
                     now[i, j] = False
-                for j in open_cells:
+                for j in still:
                     now[i, j] &= bool(confidence[i, j] <= tau)
         p = logits.softmax(-1)
         carried = {}
@@ -319,48 +399,49 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
 
 
 def literal_logits(model: Transformer, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits at every cell of one document; a block-causal model reads each block after clean blocks, one block at a time."""
+    """Logits at every cell of one document. A block-causal model reads block by block, after clean blocks."""
     b, T = model.config.block_size, x.shape[1]
     positions = torch.arange(T)[None]
     if not b:
         hidden = model(x, positions)
     else:
-        parts = []
+        blocks = []
         for k in range(0, T, b):
-            seen = torch.cat([model.embed(tokens[:, :k]), x[:, k : k + b]], dim=1)
-            n = seen.shape[1]
+            read = torch.cat([model.embed_tokens(tokens[:, :k]), x[:, k : k + b]], dim=1)
+            n = read.shape[1]
             mask = (torch.arange(n)[None, :] // b <= torch.arange(n)[:, None] // b)[None, None]
-            parts.append(model(seen, positions[:, :n], mask)[:, k:])
-        hidden = torch.cat(parts, dim=1)
+            blocks.append(model(read, positions[:, :n], mask)[:, k:])
+        hidden = torch.cat(blocks, dim=1)
     return model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*x.shape[:2], -1).detach()
 
 
-@pytest.mark.parametrize("block_size, packed, most", [(0, False, (5, 8, 4)), (0, True, (3, 8, 4)), (4, False, (4, 4, 4)), (4, True, (3, 4, 4))])
-def test_the_budget_of_a_trajectory_lies_between_two_steps_and_one_token_a_step_of_its_largest_block(block_size, packed, most):
-    c = Config(vocab_size=9, mask_id=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, d_model=16, d_ff=24, block_size=block_size)
-    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("block_size, packed, most", [
+    (0, False, (5, 8, 4)), (0, True, (3, 8, 4)), (4, False, (4, 4, 4)), (4, True, (3, 4, 4)),
+])  # fmt: skip
+def test_budgets_lie_between_two_steps_and_one_token_a_step_of_the_largest_block(block_size, packed, most):
+    c = Config(**SMALL, n_layer=1, block_size=block_size)
+    model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
     response = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1] * 6 + [0] * 2]) if packed else None
-    budgets, generator = [], torch.Generator().manual_seed(0)
-    for _ in range(200):
-        trajectories = Trajectories(c, 3, 8, packed=packed)
-        trajectories.loss(model, lambda n: (torch.zeros(3, 8, dtype=torch.long), response, segments), Residual(), generator)
-        budgets.append(trajectories.state["left"] + 1)  # the first step is done
-    budgets = torch.stack(budgets)
+    batch = torch.zeros(3, 8, dtype=torch.long), response, positions_of(segments)
+    many = tuple(x if x is None else x.repeat(200, 1) for x in batch)
+    trajectories = Trajectories(c, 600, 8, packed=packed)
+    with torch.no_grad():
+        trajectories.loss(model, lambda n: many, Residual(), torch.Generator().manual_seed(0))
+    budgets = (trajectories.state["left"] + 1).view(200, 3)  # the first step is done
     assert tuple(budgets.amin(0).tolist()) == (2, 2, 2) and tuple(budgets.amax(0).tolist()) == most
 
 
 def test_trajectories_start_cold_and_end_full():
-    c = Config(vocab_size=9, mask_id=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, d_model=16, d_ff=24)
-    model, generator = Transformer(c).init_weights(torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
-    response = torch.ones(4, 10, dtype=torch.bool)
+    c = Config(**SMALL, n_layer=1)
+    model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
+    generator, response = torch.Generator().manual_seed(1), torch.ones(4, 10, dtype=torch.bool)
     trajectories, fresh = Trajectories(c, 4, 10), []
 
     def draw(n):
         fresh.append(n)
         return torch.randint(0, 8, (n, 10), generator=generator), response[:n], None
 
-    seen = []
     for _ in range(40):
         before = trajectories.state["masked"].clone()
         trajectories.loss(model, draw, Residual(), generator)
@@ -368,18 +449,14 @@ def test_trajectories_start_cold_and_end_full():
         running = before.any(dim=1)
         assert ((after & ~before).sum(1)[running] == 0).all()  # nothing committed is ever masked again
         assert (after.sum(1)[running] < before.sum(1)[running]).all()  # every step commits
-        seen.append(after.sum().item())
-    assert fresh[0] == 4 and sum(fresh) > 8 and min(fresh[1:]) < 4  # rows are replaced one by one, as they fill
-    cold = Trajectories(c, 4, 10)
-    loss = cold.loss(model, lambda n: (torch.zeros(4, 10, dtype=torch.long), response, None), Residual(), generator)
-    plain = diffusion_loss(model, torch.zeros(4, 10, dtype=torch.long), response, t=torch.ones(4, 1))
+    assert fresh[0] == 4 and sum(fresh) > 8 and min(fresh[1:]) < 4  # rows are replaced one by one
+    cold, tokens = Trajectories(c, 4, 10), torch.zeros(4, 10, dtype=torch.long)
+    loss = cold.loss(model, lambda n: (tokens, response, None), Residual(), generator)
+    plain = diffusion_loss(model, tokens, response, t=torch.ones(4, 1))
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)  # the first step is an ordinary pass at t = 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What is said before the start: memory and the rate of matmuls
-
-CPU = torch.device("cpu")
+# ---- What is said before the start: memory, FLOPs and the rate of matmuls
 
 
 def on_meta(config: Config) -> Transformer:
@@ -392,45 +469,48 @@ def test_memory_by_hand(monkeypatch):
     layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 8 * 12  # q, k and v, o, SwiGLU
     matrices = 10 * 8 + 2 * layer
     parameters = matrices + 2 * (2 * 4 + 2 * 8) + 8  # and the norms: q and k, two of the stream, the last
-    o = train.Train(batch_size=3, ema=0.9)
     monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1000)
 
-    def need(rows: int = 3, remat: bool = False, dtype=torch.float32, **changes):
-        given = dict(length=5, packed=False, reference=77, own=False) | changes
-        return {k: v for k, v in budget.memory(on_meta(c), o, rows, remat, *given.values(), CPU, dtype).items() if v}
+    def need(rows: int = 3, remat: bool = False, **changes):
+        usual = dict(length=5, batch_size=3, device=CPU, dtype=torch.float32, ema=True, reference=77)
+        found = budget.memory(on_meta(c), rows, remat, **usual | changes)
+        return {k: v for k, v in found.items() if v}
 
     x = 3 * 5 * 8 * 4  # a hidden state of every token in float32
     always = {"weights": 4 * parameters, "AdamW": 8 * parameters, "average": 4 * parameters, "reference": 77}
-    assert need(remat=True) == always | {"gradients": 4 * parameters, "activations": x + 1000}  # the end of the backward pass is the larger heap
+    # The end of the backward pass needs more.
+    assert need(remat=True) == always | {"gradients": 4 * parameters, "activations": x + 1000}
+    assert "average" not in need(ema=False) and "reference" not in need(reference=0)
     monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 9000)
     logits = 3 * 15 * 10 * 4 + 10 * 8 * 4  # three of (15, 10) in float32, and the gradient of the table
-    assert need() == always | {"activations": 2 * (x + 9000), "logits": logits}
-    assert need(dtype=torch.bfloat16) == always | {"activations": 2 * (x + 9000), "logits": logits, "bfloat16 copies": 2 * matrices}
+    start = always | {"activations": 2 * (x + 9000), "logits": logits}
+    assert need() == start
+    assert need(dtype=torch.bfloat16) == start | {"bfloat16 copies": 2 * matrices}
     monkeypatch.setattr(budget, "CHUNK", 45)  # four rows of logits at once
     assert need()["logits"] == 3 * 4 * 10 * 4 + 10 * 8 * 4
-    part = need(rows=1)  # gradients of the part before are there already
-    assert part["gradients"] == 4 * parameters and part["activations"] == 2 * (x // 3 + 9000)
+    piece = need(rows=1)  # gradients of the piece before are there already
+    assert piece["gradients"] == 4 * parameters and piece["activations"] == 2 * (x // 3 + 9000)
     assert need(packed=True)["attention mask"] == 3 * 5 * 5
     c.block_size = 4  # [noisy | clean]
     assert need()["attention mask"] == 3 * 10 * 10 and need()["activations"] == 2 * (2 * x + 9000)
-    state = 8 * 3 * (5 * (8 + 1 + 1 + 4 + 8 * 4) + 8 + 4)  # a pool of 8 batches; a trajectory has tokens, response, masked, alpha, Delta; left, threshold
-    one = budget.memory(on_meta(c), o, 3, False, 5, False, 0, True, CPU, torch.float32)
-    o.window = 3  # steps whose activations backward needs together, with their logits unless those are recomputed chunk by chunk
-    many = budget.memory(on_meta(c), o, 3, False, 5, False, 0, True, CPU, torch.float32)
+    # A buffer of 8 batches: token, response, masked, alpha, Delta of a cell; left, threshold of a row.
+    state = 8 * 3 * (5 * (8 + 1 + 1 + 4 + 8 * 4) + 8 + 4)
+    # A window: backward needs the activations of its steps together. Logits come chunk by chunk.
+    one, many = need(buffer=8), need(buffer=8, window=3)
     assert many["activations"] == 3 * one["activations"] and many["logits"] == one["logits"]
-    monkeypatch.setattr(budget, "CHUNK", 1 << 25)
-    assert budget.memory(on_meta(c), o, 3, False, 5, False, 0, True, CPU, torch.float32)["logits"] == 3 * 3 * 15 * 10 * 4 + 10 * 8 * 4
-    o.window = 1
-    assert need(own=True)["trajectories"] == state and need(own=True, packed=True)["trajectories"] == state + 8 * 3 * 5 * 8
+    assert one["trajectories"] == state
+    assert need(buffer=8, packed=True)["trajectories"] == state + 8 * 3 * 5 * 8  # and positions
+    monkeypatch.setattr(budget, "CHUNK", 1 << 25)  # logits of a single chunk are kept
+    assert need(buffer=8, window=3)["logits"] == 3 * 3 * 15 * 10 * 4 + 10 * 8 * 4
 
 
 SHAPES = {
-    "float32": (dict(vocab_size=64, mask_id=63, n_layer=4), 16, 64, torch.float32, False),
-    "blocks in bfloat16": (dict(vocab_size=64, mask_id=63, n_layer=4, block_size=4), 8, 64, torch.bfloat16, False),
-    "remat": (dict(vocab_size=64, mask_id=63, n_layer=6), 16, 64, torch.float32, True),
-    "many tokens": (dict(vocab_size=20_000, mask_id=63, n_layer=1), 2, 64, torch.bfloat16, False),
-    "large for its batch": (dict(vocab_size=64, mask_id=63, n_layer=3, d_model=256, d_ff=688), 1, 32, torch.float32, False),
-}  # fmt: skip
+    "float32": (dict(n_layer=4), 16, 64, torch.float32, False),
+    "blocks in bfloat16": (dict(n_layer=4, block_size=4), 8, 64, torch.bfloat16, False),
+    "remat": (dict(n_layer=6), 16, 64, torch.float32, True),
+    "many tokens": (dict(vocab_size=20_000, n_layer=1), 2, 64, torch.bfloat16, False),
+    "large for its batch": (dict(n_layer=3, d_model=256, d_ff=688), 1, 32, torch.float32, False),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -440,26 +520,31 @@ def test_memory_against_what_torch_allocates(shape, monkeypatch):
     monkeypatch.setattr(rcd, "CHUNK", 1 << 20)  # several chunks of logits
     monkeypatch.setattr(budget, "CHUNK", 1 << 20)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        model = Transformer(Config(**options)).init_weights(torch.Generator().manual_seed(0))
-        model.remat = remat
+        model = init_weights(Transformer(Config(**options)), torch.Generator().manual_seed(0))
+        if remat:
+            speed.remat(model)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):
-            with train.autocast(CPU, dtype):
-                loss = diffusion_loss(model, torch.zeros(rows, length, dtype=torch.long), t=torch.ones(rows, 1))
+            with command.autocast(CPU, dtype):
+                tokens = torch.zeros(rows, length, dtype=torch.long)
+                loss = diffusion_loss(model, tokens, t=torch.ones(rows, 1))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    changes = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(np.cumsum([n for _, n in changes]))
-    estimate = sum(budget.memory(on_meta(model.config), train.Train(batch_size=rows), rows, remat, length, False, 0, False, CPU, dtype).values())
+    run = dict(length=length, batch_size=rows, device=CPU, dtype=dtype)
+    estimate = sum(budget.memory(on_meta(model.config), rows, remat, **run).values())
     assert 0.8 < estimate / peak < 1.2
 
 
 def test_memory_of_experts_is_that_of_the_chosen():
     """A token meets two experts of width 12 and a shared one of 8: as much as one SwiGLU of 32."""
-    dense, sparse = on_meta(Config(d_ff=32, n_layer=1)), on_meta(Config(n_layer=1))
+    dense, sparse, less = (on_meta(Config(d_ff=width, n_layer=1)) for width in (32, 344, 31))
     sparse.layers[0].mlp = Experts(128, 12, 6, 2, normalise=True, shared=8)
-    kept = [budget.kept_by_layer(m, 2, 16, False, CPU, torch.float32) for m in (dense, sparse, on_meta(Config(d_ff=31, n_layer=1)))]
+    models = (dense, sparse, less)
+    kept = [budget.kept_by_layer(m, 2, 16, False, CPU, torch.float32) for m in models]
     assert kept[0] == kept[1] > kept[2]
 
 
@@ -467,25 +552,33 @@ def test_advice_when_memory_is_short(capsys):
     def need(rows: int, remat: bool) -> dict[str, int]:
         return {"weights": 10 << 30, "activations": rows * (1 if remat else 4) << 30, "reference": 3 << 30}
 
-    def told(have: int, **options) -> tuple[str, str]:
-        budget.report_memory(train.Train(batch_size=8, **options), need, have << 30)
+    def told(have: int, accumulate: int = 1, remat: bool = False) -> tuple[str, str]:
+        budget.report_memory(need, have << 30, 8, accumulate, remat)
         return capsys.readouterr()
 
     out, err = told(50)  # 13 + 8 * 4
-    assert out == "memory: about 45.00 GiB of 50.00 GiB free, 21.00 GiB with --remat; weights 10.00 GiB, activations 32.00 GiB, reference 3.00 GiB\n"
+    assert out == ("memory: about 45.00 GiB of 50.00 GiB free, 21.00 GiB with --remat; "
+                   "weights 10.00 GiB, activations 32.00 GiB, reference 3.00 GiB\n")  # fmt: skip
     assert err == "" and told(0)[1] == "" and "of unknown free" in told(0)[0]
-    assert told(44)[1] == "WARNING: this will probably run out of memory: 1.00 GiB too much; --remat needs 21.00 GiB\n"
-    assert told(44, remat=True)[1] == "" and told(20)[1].endswith("25.00 GiB too much; --remat --accumulate=2 needs 17.00 GiB\n")
-    assert told(20, remat=True)[1].endswith("1.00 GiB too much; --accumulate=2 needs 17.00 GiB\n")
-    assert told(22, accumulate=2)[1].endswith("7.00 GiB too much; --remat needs 17.00 GiB\n")
-    assert told(13)[1].endswith("even --remat --accumulate=8 needs 14.00 GiB: a smaller model, or shorter canvases, or a smaller --reference than 3.00 GiB\n")
+    assert told(44, remat=True)[1] == ""
+    warning = "WARNING: this will probably run out of memory: "
+    smaller = "a smaller model, or shorter canvases, or a smaller --reference than 3.00 GiB"
+    for have, options, advice in (
+        (44, {}, "1.00 GiB too much; --remat needs 21.00 GiB"),
+        (20, {}, "25.00 GiB too much; --remat --accumulate=2 needs 17.00 GiB"),
+        (20, {"remat": True}, "1.00 GiB too much; --accumulate=2 needs 17.00 GiB"),
+        (22, {"accumulate": 2}, "7.00 GiB too much; --remat needs 17.00 GiB"),
+        (13, {}, f"32.00 GiB too much; even --remat --accumulate=8 needs 14.00 GiB: {smaller}"),
+    ):
+        assert told(have, **options)[1] == f"{warning}{advice}\n"
 
 
 def test_a_run_that_will_not_fit_is_told_so_and_goes_on(run, capsys, monkeypatch):
-    monkeypatch.setattr(train, "available", lambda device: 1 << 10)
+    monkeypatch.setattr(training, "available", lambda device: 1 << 10)
     run("--name=x", "--stage=base")
     told = capsys.readouterr()
-    assert "WARNING: this will probably run out of memory" in told.err and "memory: about " in told.out and load("out/x/base")
+    assert "WARNING: this will probably run out of memory" in told.err
+    assert "memory: about " in told.out and load("out/x/base")
 
 
 @pytest.mark.parametrize("kind", ["full", "blocks", "experts"])
@@ -497,58 +590,75 @@ def test_flops_are_those_that_torch_counts(tiny, kind):
             for p in layer.mlp.parameters():
                 torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
     tokens, T = torch.zeros(2, 9, dtype=torch.long), 9
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math_only, FlopCounterMode(display=False) as counter, torch.no_grad():
         diffusion_loss(model, tokens, t=torch.ones(2, 1))
     attention = 4 * 2 * T * 24 * T  # 2 layers of 4 heads of 6 over T keys, for each of T tokens
-    surplus = 2 * attention if kind == "blocks" else 0  # computed densely, 2T tokens over 2T keys, of which half is counted
+    # Blocks are computed densely, 2T tokens over 2T keys, of which half is counted.
+    surplus = 2 * attention if kind == "blocks" else 0
     assert 2 * budget.forward_flops(model, T, predicted=T) == counter.get_total_flops() - 2 * surplus
-    assert budget.forward_flops(model, T, 9) - budget.forward_flops(model, T, 4) == 5 * 2 * 12 * 16  # the head, V by D
+    head = 5 * 2 * 12 * 16  # V by D, of five tokens
+    assert budget.forward_flops(model, T, 9) - budget.forward_flops(model, T, 4) == head
 
 
 def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     clock = iter(x / 10 for x in range(1000))  # every look at the clock takes 0.1 s
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
     assert budget.matmul_rate(CPU, torch.float32) == pytest.approx(2 * 1024**3 / 0.1)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--stpes=3"], "unrecognized arguments: --stpes=3"),
-        (["--steps=many"], "invalid int value: 'many'"),
-        (["--recipe=letter"], "recipe='letter': choose from trajectory, paper"),
-        (["--stage=middle"], "stage='middle': choose from"),
-        (["--preset=tpu"], "preset='tpu': choose from cpu, gpu"),
-        (["--data=nowhere"], "no data set 'nowhere'"),
-        (["--device=warp"], "device='warp' is not available here"),
-        (["--dtype=float16"], "dtype=float16 would need loss scaling"),
-        (["--dtype=int4"], "dtype='int4': choose from"),
-        (["--lr=-1"], "lr=-1.0 must not be negative"),
-        (["--stage=target"], "base is not trained yet"),
-        (["--init_from=nothing-here"], "no model 'nothing-here'"),
-        (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
-        (["--weight=heavy"], "weight='heavy': choose from entropy"),
-        (["--t_per=token"], "t_per='token': choose from document, block"),
-        (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
-        (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
-        (["--pool=0"], "pool=0 must be at least 1"),
-        (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(options, words, puzzles, tmp_path):
-    given = options if any(o.startswith("--data") for o in options) else [f"--data={puzzles}", *options]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *given], cwd=tmp_path, capture_output=True, text=True)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and words in last and "Traceback" not in done.stderr
+# ---- What goes wrong
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--stpes=3"], "unrecognized arguments: --stpes=3"),
+    (["--steps=many"], "invalid int value: 'many'"),
+    (["--recipe=letter"], "recipe='letter': choose from trajectory, paper"),
+    (["--stage=middle"], "stage='middle': choose from"),
+    (["--preset=tpu"], "preset='tpu': choose from cpu, gpu"),
+    (["--data=nowhere"], "no data set 'nowhere'"),
+    (["--device=warp"], "device='warp' is not available here"),
+    (["--dtype=float16"], "dtype=float16 would need loss scaling"),
+    (["--dtype=int4"], "dtype='int4': choose from"),
+    (["--lr=-1"], "lr=-1.0 must not be negative"),
+    (["--stage=target"], "base is not trained yet"),
+    (["--init_from=nothing-here"], "no model 'nothing-here'"),
+    (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
+    (["--weight=heavy"], "weight='heavy': choose from entropy"),
+    (["--t_per=token"], "t_per='token': choose from document, block"),
+    (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
+    (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
+    (["--buffer=0"], "window=1 and buffer=0 must be at least 1"),
+    (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(options, words, puzzles, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1e12)  # takes 0.2 s
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--data={puzzles}", *options])
+    with pytest.raises(SystemExit) as end:
+        command.run(train.main)
+    told = capsys.readouterr().err
+    last = told.strip().splitlines()[-1]
+    assert end.value.code == 2 and words in last and "Traceback" not in told
     assert re.match(r"(train\.py: )?error: ", last)
     assert not list(tmp_path.glob("out/*/*/*.safetensors"))
 
 
+def test_the_script_itself_ends_so(tmp_path):
+    line = [sys.executable, ROOT / "train.py", "--data=nowhere"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: no data set 'nowhere'.*\n", done.stderr)
+
+
 def test_the_last_line_names_a_command_that_works(run, packed, capsys):
     run("--name=x", "--stage=base", "--base_steps=1")
-    run(f"--data={packed}", "--name=y", "--stage=base", "--base_steps=1")  # text: no examples to draw, and more blocks than 8
-    told = [line.partition("try: ")[2] for line in capsys.readouterr().out.splitlines() if "try: " in line]
-    assert told == ["python sample.py --model=out/x/base --steps=8", "python sample.py --model=out/y/base --prompt=TEXT"]
+    # Text: no examples to draw, and more blocks than 8.
+    run(f"--data={packed}", "--name=y", "--stage=base", "--base_steps=1")
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.partition("try: ")[2] for line in lines if "try: " in line]
+    assert told == ["python sample.py --model=out/x/base --steps=8",
+                    "python sample.py --model=out/y/base --prompt=TEXT"]  # fmt: skip
 
 
 def test_a_run_is_not_overwritten_by_accident(run):

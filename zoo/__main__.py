@@ -1,4 +1,7 @@
-"""`python -m zoo list | info NAME | download NAME [--revision REV] | check FOLDER`: what models there are, and whether a folder is one."""
+"""What models there are, and whether a folder is one.
+
+    python -m zoo list | info NAME | download NAME [--revision REV] | check FOLDER
+"""
 
 import argparse
 import sys
@@ -19,7 +22,8 @@ def show_list() -> None:
 
     known = [(name, f.name, *facts) for f in FAMILIES for name, facts in f.models.items()]
     print(table([("id", "family", "parameters", "block", "mask"), *known]))
-    print("\nblock: - is bidirectional. Fine-tunes of these load as well, and SDAR names that end in -bN with another block.")
+    more = "Fine-tunes of these load as well, and SDAR names that end in -bN with another block."
+    print(f"\nblock: - is bidirectional. {more}")
     print("The licence is in each model's card.")
     if zoo.names():
         print("\non this machine:\n" + table([(name, str(folder)) for name, folder in zoo.names().items()]))
@@ -46,12 +50,14 @@ def describe(folder: Path) -> None:
     plan = checkpoint.plan_for(folder, tokens)
     print(f"family    {plan.family}")
     print("config    " + ", ".join(f"{k}={v}" for k, v in asdict(plan.config).items()))
-    lacking = [n for n in TEMPLATES[plan.template or "plain"].needs if tokens is not None and n not in tokens.specials]
+    needs = TEMPLATES[plan.template or "plain"].needs
+    lacking = [n for n in needs if tokens is not None and n not in tokens.specials]
     unusable = f" (cannot be used: the tokenizer lacks {', '.join(lacking)})" if lacking else ""
     print(f"template  {plan.template or 'none: plain text'}{unusable}")
     print("sampler   " + ", ".join(f"{k}={v}" for k, v in plan.defaults.items()))
     names = {} if tokens is None else {i: n for n, i in tokens.specials.items()}
-    for what, ids in {"mask": [plan.config.mask_id], "end": plan.config.eos_ids, "pad": [plan.config.pad_id]}.items():
+    c = plan.config
+    for what, ids in {"mask": [c.mask_id], "end": c.eos_ids, "pad": [c.pad_id]}.items():
         print(f"{what:10s}" + ", ".join(f"{i} {names.get(i, '')}".strip() for i in ids))
     there = "no tokenizer in the folder" if tokens is None else f"{tokens.vocab_size:,} ids"
     print(f"tokens    {there}, {plan.config.vocab_size:,} rows")
@@ -73,13 +79,14 @@ def info(name: str) -> None:
 
 
 def check(folder: Path) -> None:
-    """Verify a folder from its JSON and the headers of its files; only the one-dimensional tensors are read."""
+    """Verify a folder from its JSON and the headers of its files; only one-dimensional tensors are read."""
     from zoo import checkpoint, tokenizer
 
     describe(folder)
     if zoo.read_json(folder / "config.json").get("model_type") == "rcd":
         model = zoo.load(folder).model
-        print(f"tensors   {len(model.state_dict())}, {sum(p.numel() for p in model.parameters()):,} parameters: all there")
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"tensors   {len(model.state_dict())}, {parameters:,} parameters: all there")
         return
     try:
         tokens = tokenizer.load(folder)
@@ -96,13 +103,15 @@ def check(folder: Path) -> None:
     for n in tensors:
         key = ".".join("N" if part.isdigit() else part for part in n.split("."))
         shapes.setdefault((key, found[n].shape, found[n].dtype), []).append(n)
-    print(table([("tensor", "shape", "dtype", "count"), *((k, str(list(s)), d, str(len(n))) for (k, s, d), n in shapes.items())]))
+    rows = [(key, str(list(shape)), dtype, str(len(n))) for (key, shape, dtype), n in shapes.items()]
+    print(table([("tensor", "shape", "dtype", "count"), *rows]))
     total = sum(checkpoint.nbytes(e) for e in found.values())
     if (folder / checkpoint.INDEX).is_file() and not (folder / "model.safetensors").is_file():
         stated = zoo.read_json(folder / checkpoint.INDEX).get("metadata", {}).get("total_size", total)
         if stated != total:
             print(f"note      the index says {stated:,} bytes")
-    print(f"{len(tensors)} tensors, {sum(p.numel() for p in model.parameters()):,} parameters, {total:,} bytes: all there")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(tensors)} tensors, {parameters:,} parameters, {total:,} bytes: all there")
     if tokens is None:
         raise ValueError(f"{folder} has no tokenizer: the weights are complete, but the model cannot be used")
 
@@ -123,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     fetch = commands.add_parser("download", help="fetch a model from the Hugging Face hub into its cache")
     fetch.add_argument("name")
     fetch.add_argument("--revision", help="branch, tag or commit [main]")
-    commands.add_parser("check", help="verify a folder, or a model on this machine, without loading it").add_argument("folder")
+    about = "verify a folder, or a model on this machine, without loading it"
+    verify = commands.add_parser("check", help=about)
+    verify.add_argument("folder")
     args = parser.parse_args(argv)
     try:
         if args.command == "list":
@@ -137,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         elif Path(args.folder).is_dir() or args.folder in zoo.names():
             check(zoo.find(args.folder))
         else:
-            raise FileNotFoundError(f"no folder {args.folder}, and no such model on this machine (download fetches one from the hub)")
+            here = "no such model on this machine (download fetches one from the hub)"
+            raise FileNotFoundError(f"no folder {args.folder}, and {here}")
     except (ValueError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
 

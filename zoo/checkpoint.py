@@ -1,9 +1,10 @@
 """Folders in the Hugging Face hub's layout: read them into our Transformer, verify them, write them back.
 
-A folder holds config.json, model.safetensors (or several shards and model.safetensors.index.json) and a tokenizer. Everything is
-checked before anything is loaded: config.json by its family (zoo/families.py), then every tensor's name, shape and dtype against the
-model, from the headers of the files alone. Then the model, built without memory on the meta device, receives one tensor after the other.
-Peak memory is that of the weights. Pickled weights are never opened.
+A folder holds config.json, model.safetensors (or several shards and model.safetensors.index.json) and a
+tokenizer. Everything is checked before anything is loaded: config.json by its family (zoo/families.py), then
+every tensor's name, shape and dtype against the model, from the headers of the files alone. Then the model,
+built without memory on the meta device, receives one tensor after the other. Peak memory is that of the
+weights. Pickled weights are never opened.
 """
 
 import json
@@ -21,22 +22,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-import rcd
-from zoo import Loaded, read_json, tokenizer
+from rcd import Transformer
+from zoo import tokenizer
+from zoo.decoding import Decoding
 from zoo.families import FAMILIES
 from zoo.family import Plan, Settings, Source
+from zoo.files import Loaded, config_from, read_json
 from zoo.files import save as save_run
+from zoo.progress import progress
 from zoo.templates import TEMPLATES
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-MAPPED = 1 << 25  # bytes read between two openings of a file: what is read of an open one counts as this process's memory
-STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.json|train\.json")  # of a model that was here before
+MAPPED = 1 << 25  # bytes read before a file is opened anew: until then they count as this process's memory
+# Files of a model that was in the folder before.
+STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.json|train\.json")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt")  # beside the tokenizer's files
-# What the "rcd" section of config.json may hold: Config fields that training may set, the chat template, Sampler fields
+# The "rcd" section of config.json: Config fields that training may set, the chat template, Decoding fields.
 KEPT = {"block_size": int, "mask_id": int, "eos_ids": list, "pad_id": int, "logit_shift": bool}
 OURS = {**KEPT, "template": (str, type(None)), "defaults": dict}
 
@@ -50,7 +55,7 @@ class Entry(NamedTuple):
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder's files by name, from their headers. Raises FileNotFoundError or ValueError in one line."""
+    """Every tensor in the files of a folder, from their headers. Raises FileNotFoundError or ValueError."""
     if (folder / "model.safetensors").is_file():
         files, listed = ["model.safetensors"], None
     elif (folder / INDEX).is_file():
@@ -60,35 +65,32 @@ def entries(folder: Path) -> dict[str, Entry]:
         files = sorted({*listed.values()})
         strange = [f for f in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", f)]
         if strange:
-            raise ValueError(f"{folder / INDEX} names {strange[0]!r}: a shard must be a .safetensors file in the same folder")
+            rule = "a shard must be a .safetensors file in the same folder"
+            raise ValueError(f"{folder / INDEX} names {strange[0]!r}: {rule}")
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(files)} shards ({', '.join(missing)}): finish the download")
+            lacks = f"{len(missing)} of {len(files)} shards ({', '.join(missing)})"
+            raise FileNotFoundError(f"{folder} lacks {lacks}: finish the download")
     else:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        why = (
-            f"only pickled weights ({', '.join(pickled)}), which are never opened: convert them to safetensors"
-            if pickled
-            else "no model.safetensors"
-        )
-        raise FileNotFoundError(f"{folder} holds {why}")
+        pickled = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED))
+        why = f"only pickled weights ({pickled}), which are never opened: convert them to safetensors"
+        raise FileNotFoundError(f"{folder} holds {why if pickled else 'no model.safetensors'}")
     found = {}
     for file in files:
         try:
             with safe_open(folder / file, "pt") as f:
                 for name in f.keys():
-                    part = f.get_slice(name)
+                    tensor = f.get_slice(name)
                     if name in found:
                         raise ValueError(f"{folder}: {name} is in {found[name].file.name} and in {file}")
-                    found[name] = Entry(folder / file, tuple(part.get_shape()), part.get_dtype())
+                    found[name] = Entry(folder / file, tuple(tensor.get_shape()), tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / file} is damaged or not a safetensors file: {error}") from None
     if listed is not None:
-        astray = [n for n in listed if n not in found or found[n].file.name != listed[n]]
+        astray = sorted(n for n in listed if n not in found or found[n].file.name != listed[n])
         if astray:
-            raise ValueError(
-                f"{folder / INDEX} does not match the shards: {', '.join(f'{n} is not in {listed[n]}' for n in sorted(astray))}"
-            )
+            where = ", ".join(f"{n} is not in {listed[n]}" for n in astray)
+            raise ValueError(f"{folder / INDEX} does not match the shards: {where}")
     return found
 
 
@@ -99,50 +101,56 @@ def label_of(folder: Path) -> str:
 
 
 def plan_for(folder: Path, tokens: tokenizer.Tokenizer | None) -> Plan:
-    """The plan of the folder's family. Raises ValueError for an unknown family or settings that it does not support."""
+    """The plan of the folder's family. Raises ValueError for an unknown family or unsupported settings."""
     values = read_json(folder / "config.json")
     model_type = str(values.get("model_type"))
     family = next((f for f in FAMILIES if model_type.lower() in f.model_types), None)
     if family is None:
         known = ", ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
-        raise ValueError(f"{folder}/config.json has model_type {model_type!r}, which is not among the families here: {known}")
+        what = f"model_type {model_type!r}, which is not among the families here"
+        raise ValueError(f"{folder}/config.json has {what}: {known}")
     ours = values.pop("rcd", {})
     if not isinstance(ours, dict) or not all(isinstance(v, OURS.get(k, ())) for k, v in ours.items()):
-        raise ValueError(f"{folder}/config.json: its rcd section may hold {', '.join(OURS)} of the right kind, not {ours}")
-    stated = read_json(folder / "generation_config.json").get("eos_token_id") if (folder / "generation_config.json").is_file() else []
+        may = f"its rcd section may hold {', '.join(OURS)} of the right kind"
+        raise ValueError(f"{folder}/config.json: {may}, not {ours}")
+    generation = folder / "generation_config.json"
+    stated = read_json(generation).get("eos_token_id") if generation.is_file() else []
     stated = tuple(i for i in (stated if isinstance(stated, list) else [stated]) if isinstance(i, int))
     settings = Settings(values, f"{folder.name} ({family.name})")
     try:
         plan = family.plan(settings, Source(label_of(folder), stated, tokens))
         settings.finish()
-        if tokens is not None and tokens.vocab_size > plan.config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokens.vocab_size} ids, the embedding table only {plan.config.vocab_size} rows")
-        real = {} if tokens is None or tokens.vocab_size == plan.config.vocab_size else {"real_vocab": tokens.vocab_size}
-        config = rcd.Config.from_dict({**vars(plan.config), **real, **{k: v for k, v in ours.items() if k in KEPT}})
+        rows, ids = plan.config.vocab_size, None if tokens is None else tokens.vocab_size
+        if ids is not None and ids > rows:
+            raise ValueError(f"the tokenizer has {ids} ids, the embedding table only {rows} rows")
+        real = {} if ids in (None, rows) else {"real_vocab": ids}
+        kept = {k: v for k, v in ours.items() if k in KEPT}
+        config = config_from({**vars(plan.config), **real, **kept})
         template, defaults = ours.get("template", plan.template), ours.get("defaults", plan.defaults)
-        rcd.Sampler(**defaults)
+        Decoding(**defaults)
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"no chat template {template!r}: there are {', '.join(TEMPLATES)}")
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
-    masks = {} if tokens is None else {i: n for n, i in tokens.specials.items() if "mask" in n.lower() and "gmask" not in n.lower()}
+    named = {} if tokens is None else {i: n for n, i in tokens.specials.items() if "mask" in n.lower()}
+    masks = {i: n for i, n in named.items() if "gmask" not in n.lower()}
     if masks and config.mask_id not in masks:
-        raise ValueError(
-            f"{folder}: the mask id is {config.mask_id}, but the tokenizer's mask token is {masks} (set mask_token_id in config.json)"
-        )
-    return plan._replace(config=config, template=template, defaults=defaults, notes=() if ours else plan.notes)
+        but = f"but the tokenizer's mask token is {masks} (set mask_token_id in config.json)"
+        raise ValueError(f"{folder}: the mask id is {config.mask_id}, {but}")
+    notes = () if ours else plan.notes
+    return plan._replace(config=config, template=template, defaults=defaults, notes=notes)
 
 
-def build(plan: Plan) -> rcd.Transformer:
+def build(plan: Plan) -> Transformer:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = rcd.Transformer(plan.config)
+        model = Transformer(plan.config)
         for i, layer in enumerate(model.layers):
             layer.mlp = (plan.experts(i) if plan.experts else None) or layer.mlp
     return model
 
 
-def layout(plan: Plan, model: rcd.Transformer) -> dict[str, list[str]]:
+def layout(plan: Plan, model: Transformer) -> dict[str, list[str]]:
     """The checkpoint's tensors: name -> our parameters whose rows it stacks, nearly always one."""
     tensors: dict[str, list[str]] = {}
     for name in model.state_dict():
@@ -150,30 +158,39 @@ def layout(plan: Plan, model: rcd.Transformer) -> dict[str, list[str]]:
     return tensors
 
 
-def match(plan: Plan, found: dict[str, Entry], source: str) -> tuple[rcd.Transformer, dict[str, list[str]]]:
-    """The meta model and its layout, if the tensors are exactly what it needs. Raises ValueError that lists every one that is not.
+def stacked_shape(model: dict[str, Tensor], names: list[str]) -> tuple[int, ...]:
+    """The shape of these parameters of a state_dict, stacked by rows."""
+    return sum(model[n].shape[0] for n in names), *model[names[0]].shape[1:]
 
-    A head that is not stored is tied to the embedding. A head that is stored although it is tied is left out (see `load`).
+
+def match(plan: Plan, found: dict[str, Entry], source: str) -> tuple[Transformer, dict[str, list[str]]]:
+    """The meta model and its layout, if the tensors are exactly what it needs. Raises ValueError that lists
+    every one that is not.
+
+    A head that is not stored is tied to the embedding. A head that is stored although it is tied is left out
+    (see `load`).
     """
     head = plan.original("lm_head.weight")
     plan.config.tied = plan.config.tied or head not in found
     model = build(plan)
     tensors = layout(plan, model)
     ours = model.state_dict()
-    shapes = {name: (sum(ours[p].shape[0] for p in parts), *ours[parts[0]].shape[1:]) for name, parts in tensors.items()}
-    spare = {n for n in found if n.endswith("rotary_emb.inv_freq")} | ({head} if plan.config.tied else set())
+    shapes = {name: stacked_shape(ours, names) for name, names in tensors.items()}
+    unused = {n for n in found if n.endswith("rotary_emb.inv_freq")} | ({head} if plan.config.tied else set())
+    known = {n: e for n, e in found.items() if n in shapes}
     wrong = [f"missing {n}" for n in shapes if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in shapes and n not in spare]
-    wrong += [f"{n} is {e.shape}, expected {shapes[n]}" for n, e in found.items() if n in shapes and e.shape != shapes[n]]
-    wrong += [f"{n} is stored as {e.dtype} (only {', '.join(DTYPES)})" for n, e in found.items() if n in shapes and e.dtype not in DTYPES]
+    wrong += [f"unexpected {n}" for n in found if n not in shapes and n not in unused]
+    wrong += [f"{n} is {e.shape}, expected {shapes[n]}" for n, e in known.items() if e.shape != shapes[n]]
+    only = f"(only {', '.join(DTYPES)})"
+    wrong += [f"{n} is stored as {e.dtype} {only}" for n, e in known.items() if e.dtype not in DTYPES]
     if wrong:
         raise ValueError(f"{source}: the tensors do not fit the config: {'; '.join(wrong)}")
     return model, tensors
 
 
 def read(found: dict[str, Entry], names: list[str], quiet: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor as a view of its file, the large ones first, while there is still room for a mapped copy of them."""
-    bar = tqdm(total=sum(nbytes(found[n]) for n in names), unit="B", unit_scale=True, desc="load", leave=False, disable=quiet or None)
+    """Each tensor as a view of its file, the large ones first: there is still room for a mapped copy."""
+    bar = progress(sum(nbytes(found[n]) for n in names), "load", "B", leave=False, quiet=quiet)
     queue = deque(sorted(names, key=lambda n: (nbytes(found[n]) < MAPPED, found[n].file)))
     while queue:
         file, size = found[queue[0]].file, 0
@@ -203,19 +220,21 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
         if tensor.dim() == 1 and not bool(tensor.isfinite().all()):
             bad.append(name)
         start = 0
-        for part in tensors[name]:
-            rows = ours[part].shape[0]
-            kind = torch.float32 if part.endswith("expert_bias") else dtype  # differences of a thousandth decide the choice of experts
-            ready[part] = torch.empty(ours[part].shape, dtype=kind, device=device).copy_(tensor[start : start + rows])
+        for own in tensors[name]:
+            rows = ours[own].shape[0]
+            kind = torch.float32 if own.endswith("expert_bias") else dtype  # thousandths decide there
+            empty = torch.empty(ours[own].shape, dtype=kind, device=device)
+            ready[own] = empty.copy_(tensor[start : start + rows])
             start += rows
         del tensor
     if bad:
         raise ValueError(f"{folder}: not a number in {', '.join(bad)}")
     head = plan.original("lm_head.weight")
     if plan.config.tied and head in found:
-        stored = next(read(found, [head], quiet=True))[1]
-        if stored.shape != ready["embed_tokens.weight"].shape or not torch.equal(stored.to(device, dtype), ready["embed_tokens.weight"]):
-            raise ValueError(f"{folder}: config.json ties the head to the embedding, but {head} is stored and different")
+        stored, table = next(read(found, [head], quiet=True))[1], ready["embed_tokens.weight"]
+        if stored.shape != table.shape or not torch.equal(stored.to(device, dtype), table):
+            ties = "config.json ties the head to the embedding"
+            raise ValueError(f"{folder}: {ties}, but {head} is stored and different")
     model.load_state_dict(ready, assign=True)
     for note in plan.notes:
         print(f"note: {label_of(folder)}: {note}", file=sys.stderr)
@@ -224,10 +243,11 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
 
 
 def save(loaded: Loaded, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the layout that the model was loaded from: its own run folder's, or its family's with the original tensor names.
+    """Write the layout that the model was loaded from: its own run folder's, or its family's with the
+    original tensor names.
 
-    config.json keeps the original keys and gains an "rcd" section with what training may have changed, which the original class does not
-    read. Nothing appears under its name before everything is written.
+    config.json keeps the original keys and gains an "rcd" section with what training may have changed, which
+    the original class does not read. Nothing appears under its name before everything is written.
     """
     folder = Path(folder)
     values = read_json(loaded.folder / "config.json")
@@ -245,7 +265,8 @@ def save(loaded: Loaded, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         stale = {p.name for p in folder.iterdir() if STALE.fullmatch(p.name)}
-        written = sorted(work.iterdir(), key=lambda p: (p.name == "config.json", p.name == INDEX))  # what points to others comes last
+        # What points to others comes last.
+        written = sorted(work.iterdir(), key=lambda p: (p.name == "config.json", p.name == INDEX))
         for path in written:
             os.replace(path, folder / path.name)
         for name in stale - {p.name for p in written}:
@@ -261,18 +282,22 @@ def write(loaded: Loaded, values: dict, folder: Path, shard_bytes: int) -> None:
     plan = plan_for(loaded.folder, loaded.tokenizer)
     ours = loaded.model.state_dict()
     tensors = layout(plan, loaded.model)
-    sizes = {name: torch.empty((sum(ours[p].shape[0] for p in parts), *ours[parts[0]].shape[1:]), dtype=ours[parts[0]].dtype, device="meta")
-             for name, parts in tensors.items()}  # fmt: skip
+    with torch.device("meta"):
+        kinds = {n: (stacked_shape(ours, own), ours[own[0]].dtype) for n, own in tensors.items()}
+        sizes = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in kinds.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
-        stacked = {n: torch.cat([ours[p] for p in tensors[n]]) if len(tensors[n]) > 1 else ours[tensors[n][0]] for n in names}
-        save_file({n: t.detach().cpu().contiguous() for n, t in stacked.items()}, folder / file, metadata={"format": "pt"})
+        stacked = {n: [ours[own].detach() for own in tensors[n]] for n in names}
+        stacked = {n: torch.cat(rows) if len(rows) > 1 else rows[0] for n, rows in stacked.items()}
+        stacked = {n: t.cpu().contiguous() for n, t in stacked.items()}
+        save_file(stacked, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for key in {"torch_dtype", "dtype"} & values.keys():
         values[key] = str(loaded.model.head.dtype).removeprefix("torch.")
-    values["rcd"] = {**{k: getattr(loaded.model.config, k) for k in KEPT}, "template": loaded.template, "defaults": loaded.defaults}
+    kept = {k: getattr(loaded.model.config, k) for k in KEPT}
+    values["rcd"] = {**kept, "template": loaded.template, "defaults": loaded.defaults}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in COPIED:
         if (loaded.folder / name).is_file():

@@ -1,10 +1,11 @@
-"""dllm-hub's small models: Qwen3-0.6B and Qwen2.5-Coder-0.5B turned into masked (mdlm, bidirectional) or block (bd3lm) diffusion models.
+"""dllm-hub's small models: Qwen3-0.6B and Qwen2.5-Coder-0.5B made masked (mdlm) or block (bd3lm) diffusion
+models.
 
-No logit shift. model_type is the same for both kinds: the name tells them apart. bd3lm was trained on blocks of 32 from position 0, and
-here sampling counts them so too: a prompt may end inside a block. The authors' sampler pads the (longest) prompt on the left to whole
-blocks, so its blocks end elsewhere in the text, in a batch even depending on the other prompts: unless a prompt fills its blocks the logits
-differ.
-Decoding: one token a step, the setting of their results.
+mdlm is bidirectional, bd3lm block-causal; no logit shift. Both have the same model_type: the name tells them
+apart. bd3lm was trained on blocks of 32 from position 0, and sampling here counts them so too: a prompt may
+end inside a block. The authors' sampler pads the longest prompt on the left to whole blocks. Its blocks
+therefore end elsewhere in the text, in a batch even depending on the other prompts. The logits agree only if
+a prompt fills its blocks. Decoding: one token a step, as in their results.
 """
 
 from zoo.family import Family, Plan, Settings, Source, standard_config, standard_name
@@ -14,15 +15,18 @@ def plan(s: Settings, source: Source) -> Plan:
     label, qwen3 = source.label.lower(), s.get("model_type").lower() == "a2d-qwen3"
     kind = next((k for k in ("bd3lm", "mdlm") if k in label), None)
     if kind is None and s.get("block_size") is None:
-        raise ValueError(f"dllm: the folder's name {source.label!r} must say whether it is mdlm (bidirectional) or bd3lm (blocks of 32)")
+        choice = "mdlm (bidirectional) or bd3lm (blocks of 32)"
+        raise ValueError(f"dllm: the folder's name {source.label!r} must say whether it is {choice}")
     block = s.integer("block_size", 32 if kind == "bd3lm" else 0, least=0)
     s.expect("loophole_enabled", False)
     mask = source.tokenizer.specials.get("<|mask|>") if source.tokenizer else None
     mask = mask or (151669 if qwen3 else 151665)  # the first id after the original's own
-    config = standard_config(s, source, block_size=block, mask_id=mask, eos_ids=(151645, 151643), pad_id=151643,
-                             qk_norm=qwen3, qkv_bias=not qwen3, head_dim=128 if qwen3 else 0)  # fmt: skip
+    config = standard_config(s, source, block_size=block, mask_id=mask, eos_ids=(151645, 151643),
+                             pad_id=151643, qk_norm=qwen3, qkv_bias=not qwen3,
+                             head_dim=128 if qwen3 else 0)  # fmt: skip
     template = "qwen3-no-thinking" if qwen3 else "qwen2.5"
-    return Plan("dllm", config, standard_name, template, {"rule": "static", "block_size": 0 if block else 32, "carry": "none"})
+    defaults = {"rule": "static", "block_size": 0 if block else 32, "carry": "none"}
+    return Plan("dllm", config, standard_name, template, defaults)
 
 
 FAMILY = Family("dllm", ("a2d-qwen3", "a2d-qwen2"), plan, {

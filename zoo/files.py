@@ -1,4 +1,4 @@
-"""A run folder's files: safetensors and JSON, never half-written, nothing unpickled.
+"""The files of a run folder: safetensors and JSON, never half-written, nothing unpickled.
 
 torch is imported when a model is read or written, not before: the scripts of data/ only need write_atomic.
 """
@@ -7,18 +7,29 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-    from rcd import Transformer
+    from rcd import Config, Transformer
+
+
+class Loaded(NamedTuple):
+    """A model and what is needed to use it."""
+
+    model: "Transformer"
+    tokenizer: Any  # a zoo.tokenizer.Tokenizer
+    folder: Path  # where it was read from
+    template: str | None  # chat template: a name in zoo/templates.py; None = plain text
+    defaults: dict  # Decoding fields that its family, or its training run, recommends
+    meta: dict  # train.json of our own runs, else empty
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary path beside it), fsync, rename: whoever reads path finds the old file or the new one, never a part of one."""
+    """write(temporary path), fsync, rename: a reader finds the old file or the new one, never a part."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     os.close(handle)
@@ -33,6 +44,47 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+def config_from(values: dict) -> "Config":
+    """A Config from JSON, with every field checked. Raises ValueError that names the field which is wrong."""
+    from rcd import Config, check
+
+    names = {f.name for f in fields(Config)}
+    for what, wrong in (("unknown", set(values) - names), ("missing", names - set(values))):
+        check(not wrong, f"{what} Config fields: {', '.join(sorted(wrong))}")
+    for f in fields(Config):
+        kind = {float: (int, float), tuple[int, ...]: (list, tuple)}.get(f.type, f.type)
+        check(isinstance(values[f.name], kind), f"{f.name}={values[f.name]!r} is of the wrong kind")
+    rows, real, mask, pad = (values[n] for n in ("vocab_size", "real_vocab", "mask_id", "pad_id"))
+    heads, kv_heads, width, rotary = (values[n] for n in ("n_head", "n_kv_head", "head_dim", "rotary_dim"))
+    for holds, says in (
+        (kv_heads > 0 and heads % kv_heads == 0,
+         f"n_head={heads} must be a multiple of n_kv_head={kv_heads}"),
+        (0 <= mask < rows,
+         f"mask_id={mask} must be a row of the embedding table: 0 <= mask_id < vocab_size={rows}"),
+        (0 <= real <= rows, f"real_vocab={real} must not exceed vocab_size={rows}"),
+        (not values["eos_ids"] or pad != mask,
+         f"pad_id={pad} is the mask token: what follows an end would stay masked"),
+        (values["block_size"] >= 0, f"block_size={values['block_size']} must not be negative"),
+        (rotary <= width and (rotary or width) % 2 == 0,
+         f"rotary_dim={rotary} (0: head_dim={width}) must be even and fit into the head: RoPE rotates pairs"),
+    ):  # fmt: skip
+        check(holds, says)
+    return Config(**values)
+
+
 def save(model: "Transformer", folder: Path) -> None:
     """folder/model.safetensors and folder/config.json, which load() reads."""
     from safetensors.torch import save_file
@@ -40,18 +92,20 @@ def save(model: "Transformer", folder: Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    meta = {"format": "pt"}
+    write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=meta))
     text = json.dumps({"model_type": "rcd", **asdict(model.config)}, indent=1)
     write_atomic(folder / "config.json", lambda path: path.write_text(text + "\n"))
 
 
-def load(folder: Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None) -> "Transformer":
-    """The model of a run folder. Raises FileNotFoundError or ValueError in one line that names what is missing or does not fit."""
+def load(folder: Path, device: "str | torch.device" = "cpu",
+         dtype: "torch.dtype | None" = None) -> "Transformer":  # fmt: skip
+    """The model of a run folder. Raises FileNotFoundError or ValueError that names what is wrong."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from rcd import Config, Transformer
+    from rcd import Transformer
 
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -63,9 +117,10 @@ def load(folder: Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} holds a damaged file: {error}") from None
     if not isinstance(values, dict) or values.pop("model_type", "") != "rcd":
-        raise ValueError(f"{folder}/config.json is not of this project's own format; load pretrained folders with zoo.load()")
+        what = "is not of this project's own format; load pretrained folders with zoo.load()"
+        raise ValueError(f"{folder}/config.json {what}")
     try:
-        config = Config.from_dict(values)
+        config = config_from(values)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
     with torch.device("meta"):
@@ -74,12 +129,17 @@ def load(folder: Path, device: "str | torch.device" = "cpu", dtype: "torch.dtype
     return model
 
 
-def assign_tensors(model: "Transformer", tensors: "dict[str, torch.Tensor]", dtype: "torch.dtype | None", source: str) -> None:
-    """Put tensors into a meta-device model; every missing, unexpected or misshapen one is listed by name, and nothing is half-loaded."""
+def assign_tensors(model: "Transformer", tensors: "dict[str, torch.Tensor]", dtype: "torch.dtype | None",
+                   source: str) -> None:  # fmt: skip
+    """Put tensors into a model on the meta device. Raises ValueError that lists all that do not fit."""
     expected = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = [f"missing {name}" for name in expected if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in expected]
-    wrong += [f"{n} is {tuple(t.shape)}, expected {tuple(expected[n])}" for n, t in tensors.items() if n in expected and t.shape != expected[n]]
+    wrong = [f"missing {n}" for n in expected if n not in tensors]
+    wrong += [f"unexpected {n}" for n in tensors if n not in expected]
+    wrong += [
+        f"{n} is {tuple(t.shape)}, expected {tuple(expected[n])}"
+        for n, t in tensors.items()
+        if n in expected and t.shape != expected[n]
+    ]
     if wrong:
         raise ValueError(f"{source}: the tensors do not fit the config: {'; '.join(wrong)}")
     model.load_state_dict({n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}, assign=True)

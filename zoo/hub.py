@@ -1,17 +1,20 @@
-"""The Hugging Face hub, through huggingface_hub: only what a model needs is downloaded, and only that is uploaded.
+"""The Hugging Face hub, through huggingface_hub: only what a model needs is downloaded, and only that is
+uploaded.
 
-HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as everywhere. Code, pickles and sub-folders of a repository are never fetched.
+HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as everywhere. Code, pickles and sub-folders of a
+repository are never fetched.
 """
 
 from pathlib import Path
 
-from zoo import read_json
+from zoo.files import read_json
+from zoo.progress import download_bars
 
 WANTED = ["*.safetensors", "*.json", "merges.txt", "*.tiktoken", "*.jinja", "LICENSE*"]
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """The folder of a hub id, or id@revision, in huggingface_hub's cache. Raises FileNotFoundError in one line if it cannot be had."""
+    """The folder of a hub id, or id@revision, in the hub's cache. Raises FileNotFoundError in one line."""
     from huggingface_hub import snapshot_download
 
     repo, _, pinned = name.partition("@")
@@ -19,19 +22,22 @@ def download(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"two revisions of {repo}: {pinned} and {revision}")
     revision = revision or pinned or None
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"]))
-    except Exception as error:  # of the network, the hub, its client or the disk: many kinds, and all end here
-        raise FileNotFoundError(
-            f"cannot get {name}{f' at revision {revision}' if revision else ''} from the hub: {one_line(error)}"
-        ) from None
-    read_json(folder / "config.json")
-    return folder
+        folder = snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"],
+                                   tqdm_class=download_bars())  # fmt: skip
+    except Exception as error:  # of the network, the hub, its client or the disk: many kinds
+        what = f"{name} at revision {revision}" if revision else name
+        raise FileNotFoundError(f"cannot get {what} from the hub: {one_line(error)}") from None
+    read_json(Path(folder) / "config.json")
+    return Path(folder)
 
 
-def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, message: str = "Upload model") -> str:
-    """Upload a model folder as one commit and return its address. It is verified first; optimiser states stay here.
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True,
+                message: str = "Upload model") -> str:  # fmt: skip
+    """Upload a model folder as one commit and return its address. It is verified first; optimiser states
+    stay here.
 
-    The repository is created if need be, private unless asked otherwise. Raises ValueError or OSError in one line.
+    The repository is created if need be, private unless asked otherwise. Raises ValueError or OSError in
+    one line.
     """
     from huggingface_hub import HfApi
 
@@ -44,7 +50,8 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, messa
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[*WANTED, "README.md"],
-                                   ignore_patterns=["*/*", "state.safetensors"], commit_message=message)  # fmt: skip
+                                   commit_message=message,
+                                   ignore_patterns=["*/*", "state.safetensors"])  # fmt: skip
     except Exception as error:  # as above
         raise OSError(f"cannot upload {folder} to {repo_id}: {one_line(error)}") from None
     return str(commit.commit_url)

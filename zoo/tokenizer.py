@@ -1,25 +1,33 @@
-"""Tokenizers: characters, bytes and byte-level BPE, the last built from whatever a hub folder has.
+"""Tokenizers: characters, bytes, and byte-level BPE read from the files of a hub folder.
 
-Byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2): normalise the text (NFC, if the original does), split it into pieces with the
-original's regular expressions, and inside each piece replace the adjacent pair that comes first in the merge list, leftmost first, until
-no listed pair is left. The splitting and merging run in tiktoken; everything read from a file is brought into tiktoken's form first.
+Byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) has three steps. The text is normalised (NFC, if
+the original does so). The original's regular expressions split it into pieces. Inside each piece, the
+adjacent pair that comes first in the merge list is replaced, leftmost first, until no listed pair is left.
+tiktoken does the splitting and merging, so everything read from a file is brought into tiktoken's form first.
 
-tiktoken merges by the rank of the merged BYTES, the original by the rank of the PAIR, so ranks are not copied but derived:
-    R = {t : the original algorithm, run on the bytes of t alone, ends in the one token t},  rank(t) = rank of the last merge of that run.
-With these ranks the two agree on every piece, for any merge list (many pairs for one token, pairs out of order, dead tokens). Proof:
-    1. Locality. While no merge has crossed the ends of a span, the merges inside it are those of a run on that span alone, since the
-       best pair of the whole, where it lies inside, is the best pair of the part.
-    2. Let tokens c, d be adjacent and t = c + d. By 1 the run on t alone passes through [c, d]. If t is in R, the one step left is the
-       merge (c, d), so this pair is listed with rank(t); if t is not in R, (c, d) is not listed. So at every step both algorithms have
-       the same candidates with the same ranks. A whole piece that is a token (tiktoken's short cut) is in R: both give t.
-Ids need not follow the ranks, and may have holes: a table takes ranks to ids. A token outside R can only be decoded. If the original
-looks whole pieces up before merging (`ignore_merges`), such a token goes behind all merges, where only the look-up finds it if its run
-ends in three tokens or more; if it ends in two, the file is refused.
+tiktoken merges by the rank of the merged BYTES. The original merges by the rank of the PAIR. So the ranks are
+derived, not copied:
+    R = {t : the original algorithm, run on the bytes of t only, ends in the one token t}
+    rank(t) = rank of the last merge of that run, for t in R
+With these ranks the two agree on every piece, for any merge list: one token may have many pairs, pairs may be
+out of order, tokens may be unreachable. Proof:
+    1. Locality. While no merge has crossed the ends of a span, the merges inside it are those of a run on
+       that span only: if the best pair of the whole piece lies inside the span, it is the best pair of the
+       span.
+    2. Let tokens c, d be adjacent and t = c + d. By 1 the run on t passes through [c, d]. If t is in R, the
+       one step left is the merge (c, d), so this pair is listed with rank(t). If t is not in R, (c, d) is not
+       listed. So at every step both algorithms have the same candidates with the same ranks. tiktoken takes a
+       short cut for a whole piece that is a token. Such a token is in R, so both give it.
+Ids need not follow the ranks and may have holes: a table maps ranks to ids. A token outside R can only be
+decoded. There is one exception: with `ignore_merges` the original looks up whole pieces before it merges.
+Then a token outside R gets a rank behind all merges. If its run ends in three tokens or more, only the
+look-up can find it. If its run ends in two, a merge would find it as well, and the file is refused.
 
-Special and other added tokens (`<|im_end|>`, `<think>`) never come out of text unless `allow_special` asks for them; what the
-`tokenizers` library does, which always takes them, is `allow_special=True`.
-NFC is Python's; `tokenizers` knows Unicode 9 there, so a run of combining marks with one that is younger (98 of them in Python 3.11) can
-come out of it in another order. Where several patterns split the text, all but the last run in Python's `re`, with its Unicode tables.
+Special and other added tokens (`<|im_end|>`, `<think>`) come out of text only if `allow_special` asks for
+them. The `tokenizers` library always takes them: `allow_special=True` does the same.
+NFC is Python's. `tokenizers` uses Unicode 9 there and can order a run of combining marks differently if one
+of them is younger (98 marks in Python 3.11). Where several patterns split the text, all but the last run in
+Python's `re`, with its Unicode tables.
 """
 
 import base64
@@ -27,6 +35,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -38,49 +47,82 @@ import tiktoken
 from zoo.files import write_atomic
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# vocab.json + merges.txt do not say how text is split and whether it is normalised: the class named in tokenizer_config.json does
-CLASSES = {"GPT2Tokenizer": ([GPT2], False), "Qwen2Tokenizer": ([QWEN], True), "DreamTokenizer": ([QWEN], True)}
-ORIGINALS = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
-             "chat_template.jinja")  # fmt: skip
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s in the files; Python's has four control characters more
-LONGEST = 400_000  # from about 998,000 white-space characters in a row tiktoken's pattern matcher overflows its stack
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer_class in tokenizer_config.json -> (patterns, NFC). vocab.json and merges.txt do not hold these.
+CLASSES = {
+    "GPT2Tokenizer": ([GPT2], False),
+    "Qwen2Tokenizer": ([QWEN], True),
+    "DreamTokenizer": ([QWEN], True),
+}
+ORIGINALS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+# \s in the files' patterns. Python's \s has four control characters more.
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONGEST = 400_000  # from about 998,000 white-space characters in a row tiktoken's matcher overflows its stack
+# What a plain byte-level BPE has in the "model" entry of tokenizer.json. null means the same.
+PLAIN_MODEL = {
+    "type": "BPE",
+    "dropout": None,
+    "byte_fallback": False,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": "",
+}
 
-# The printable character that stands for each byte in GPT-2 style files: itself, or the next free one from U+0100 on.
+# GPT-2 style files spell each byte as a printable character: itself, or the next free one from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-SYMBOL = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + k) for k, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+OTHERS = sorted({*range(256)} - {*PRINTABLE})
+SYMBOL = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + k) for k, b in enumerate(OTHERS)}
 BYTE = {c: b for b, c in SYMBOL.items()}
 
 
 class Tokenizer:
-    """What both kinds share: `tokens` (id -> bytes), `specials` (name -> id), `vocab_size`, encode, decode, save, fingerprint."""
+    """The base of both kinds. A subclass sets `tokens` and `specials`, has `_encode` and `description`."""
 
-    tokens: dict[int, bytes]
-    specials: dict[str, int]
+    tokens: dict[int, bytes]  # id -> bytes, special tokens included
+    specials: dict[str, int]  # name -> id
     originals: tuple[Path, ...] = ()  # the hub's files this was read from; `save` copies them
 
     def encode(self, text: str, allow_special: bool | Collection[str] = False) -> list[int]:
-        """Ids of `text`. Special names in it are ordinary text, unless allow_special is True (all of them) or holds their names.
+        """The ids of `text`. Special names in it are ordinary text by default.
 
-        Raises ValueError for a lone surrogate, and for a character that a character tokenizer does not have.
+        allow_special: True makes all of them special tokens, a collection of names only those.
+        Raises ValueError for a lone surrogate, an unknown special name, and a character that a character
+        tokenizer does not have.
         """
         lone = re.search("[\ud800-\udfff]", text)
         if lone:
-            raise ValueError(f"the text has a lone surrogate U+{ord(lone[0]):04X} at position {lone.start()}: it is not valid Unicode")
-        names = sorted(self.specials if allow_special is True else allow_special or (), key=len, reverse=True)  # the longest one wins
+            where = f"U+{ord(lone[0]):04X} at position {lone.start()}"
+            raise ValueError(f"the text has a lone surrogate {where}: it is not valid Unicode")
+        names = {*self.specials} if allow_special is True else {*(allow_special or ())}
         if not names:
             return self._encode(text)
-        if not self.specials.keys() >= {*names}:
-            raise ValueError(f"this tokenizer has no special token {min({*names} - self.specials.keys())!r}")
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)  # text, special, text, special, ..., text
-        return [i for k, part in enumerate(parts) for i in ([self.specials[part]] if k % 2 else self._encode(part))]
+        if not self.specials.keys() >= names:
+            raise ValueError(f"this tokenizer has no special token {min(names - self.specials.keys())!r}")
+        ids = []
+        for k, piece in enumerate(any_of(names).split(text)):  # text, special, text, special, ..., text
+            ids += [self.specials[piece]] if k % 2 else self._encode(piece)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`: special tokens as their names, bytes that are not UTF-8 as U+FFFD. Raises ValueError for an unknown id."""
+        """The text of `ids`: special tokens as their names, bytes that are not UTF-8 as U+FFFD.
+
+        Raises ValueError for an unknown id.
+        """
         try:
             return b"".join([self.tokens[i] for i in np.asarray(ids).tolist()]).decode("utf-8", "replace")
         except KeyError as error:
-            raise ValueError(f"id {error} is not in the vocabulary (the largest is {self.vocab_size - 1})") from None
+            largest = self.vocab_size - 1
+            raise ValueError(f"id {error} is not in the vocabulary (the largest is {largest})") from None
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -89,11 +131,11 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Short hash of all that fixes text <-> ids (tokens, ids, order, splitting, normalisation, specials), from whatever files."""
+        """Short hash of `description`, so of all that fixes text <-> ids. The source files do not matter."""
         return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
-        """Write our own tokenizer.json or copy the hub's files byte for byte; each file appears whole or not at all."""
+        """Copy the hub's files byte for byte, or write our own tokenizer.json. No file is half-written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {path.name: path.read_bytes() for path in self.originals}
@@ -101,7 +143,7 @@ class Tokenizer:
         for name, data in files.items():
             write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
         if "tokenizer.json" not in files:
-            (folder / "tokenizer.json").unlink(missing_ok=True)  # one left by another tokenizer would be read first
+            (folder / "tokenizer.json").unlink(missing_ok=True)  # `load` would read another tokenizer's first
 
 
 class CharTokenizer(Tokenizer):
@@ -110,17 +152,21 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars: str | list[str], specials: list[str]):
         self.chars = list(chars)
         self.specials = _numbered(specials, len(self.chars))
-        if any(len(c) != 1 for c in self.chars) or len({*self.chars, *specials}) < len(self.chars) + len(specials):
-            raise ValueError("a character vocabulary needs single characters and special names that are all different")
+        names = [*self.chars, *specials]
+        if any(len(c) != 1 for c in self.chars) or len({*names}) < len(names):
+            raise ValueError(
+                "a character vocabulary needs single characters and special names that are all different"
+            )
         self.ids = {c: i for i, c in enumerate(self.chars)}
-        self.tokens = {i: t.encode() for i, t in enumerate([*self.chars, *specials])}
+        self.tokens = {i: t.encode() for i, t in enumerate(names)}
 
     def _encode(self, text: str) -> list[int]:
         try:
             return [self.ids[c] for c in text]
         except KeyError as error:
             c = error.args[0]
-            raise ValueError(f"character {c!r} (U+{ord(c):04X}) is not in the vocabulary of {len(self.chars)} characters") from None
+            vocabulary = f"the vocabulary of {len(self.chars)} characters"
+            raise ValueError(f"character {c!r} (U+{ord(c):04X}) is not in {vocabulary}") from None
 
     def description(self) -> dict:
         """The contents of our own tokenizer.json."""
@@ -131,52 +177,98 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE on tiktoken.
 
     merged: token bytes -> id in MERGE ORDER (the position is tiktoken's rank), with all 256 single bytes.
-    patterns: regular expressions that split the text one after the other; what lies between the matches of one is a piece too.
-    specials: name -> id. nfc: normalise to NFC first. decoded: id -> bytes of the tokens that no text gives.
+    patterns: regular expressions that split the text, one after the other. What lies between the matches is a
+        piece too.
+    specials: name -> id.
+    nfc: whether the text is normalised to NFC first.
+    decoded: id -> bytes of the tokens that no text gives.
+    originals: the files that `save` copies.
+    Raises ValueError for a vocabulary or a last pattern that tiktoken cannot reproduce.
     """
 
-    def __init__(self, merged: dict[bytes, int], patterns: list[str], specials: dict[str, int], nfc: bool = False,
-                 decoded: dict[int, bytes] | None = None, originals: Collection[Path] = ()):  # fmt: skip
+    def __init__(
+        self,
+        merged: dict[bytes, int],
+        patterns: list[str],
+        specials: dict[str, int],
+        nfc: bool = False,
+        decoded: dict[int, bytes] | None = None,
+        originals: Collection[Path] = (),
+    ):
         missing = [b for b in range(256) if bytes([b]) not in merged]
         if missing:
-            raise ValueError(f"not a byte-level BPE: it has no token for {len(missing)} of the 256 bytes, such as 0x{missing[0]:02X}")
+            lacks = f"no token for {len(missing)} of the 256 bytes, such as 0x{missing[0]:02X}"
+            raise ValueError(f"not a byte-level BPE: it has {lacks}")
         spelled = [name for name in specials if name.encode() in merged]
         if spelled:
-            raise ValueError(f"the special token {spelled[0]!r} is an ordinary token as well: text could not be kept apart from it")
+            what = f"the special token {spelled[0]!r} is an ordinary token as well"
+            raise ValueError(f"{what}: text could not be kept apart from it")
         self.merged, self.patterns, self.specials, self.nfc = merged, patterns, specials, nfc
         self.decoded, self.originals = decoded or {}, tuple(originals)
-        self.tokens = {i: t for t, i in merged.items()} | self.decoded | {i: name.encode() for name, i in specials.items()}
-        if len(self.tokens) < len(merged) + len(self.decoded) + len(specials) or min(self.tokens) < 0 or "" in specials:
-            raise ValueError("two tokens of the vocabulary have the same id, or one has a negative id or an empty name")
+        named = {i: name.encode() for name, i in specials.items()}
+        self.tokens = {i: t for t, i in merged.items()} | self.decoded | named
+        total = len(merged) + len(self.decoded) + len(specials)
+        if len(self.tokens) < total or min(self.tokens) < 0 or "" in specials:
+            raise ValueError(
+                "two tokens of the vocabulary have the same id, or one has a negative id or an empty name"
+            )
         ids = np.array(list(merged.values()))
-        self.ids = None if (ids == np.arange(len(ids))).all() else ids  # rank -> id
+        self.ids = None if (ids == np.arange(len(ids))).all() else ids  # rank -> id; None: they are equal
         self.splits = [_python_regex(p) for p in patterns[:-1]]
-        bare = re.sub(r"\[[^\]]*\]", "", re.sub(r"\\.", "", patterns[-1]))  # without escapes and character classes
-        if {*"$^"} & {*bare} or any(e[1].isalnum() and e[1] not in "pPsSdDrnt" for e in re.findall(r"\\.", patterns[-1])):
-            raise ValueError(f"cannot split by {patterns[-1]!r}: ^, $ or one of its escapes can mean something else in tiktoken")
-        between = f"(?:(?!{patterns[-1]})(?s:.))+"  # tiktoken would drop what the pattern does not match
-        self.encoding = tiktoken.Encoding("bpe", pat_str=f"{patterns[-1]}|{between}", special_tokens={},
-                                          mergeable_ranks={t: rank for rank, t in enumerate(merged)})  # fmt: skip
+        last = patterns[-1]
+        _check_last(last)
+        self.encoding = tiktoken.Encoding(
+            "bpe",
+            pat_str=f"{last}|(?:(?!{last})(?s:.))+",  # tiktoken would drop what `last` does not match
+            special_tokens={},
+            mergeable_ranks={t: rank for rank, t in enumerate(merged)},
+        )
 
     def _encode(self, text: str) -> list[int]:
         pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
         for split in self.splits:
-            pieces = [part for piece in pieces for part in split.split(piece)]
+            pieces = [piece for longer in pieces for piece in split.split(longer)]
         if any(text[k : k + LONGEST].isspace() for k in range(0, len(text) - LONGEST + 1, LONGEST)):
-            raise ValueError(f"the text has more than {LONGEST:,} white-space characters in a row: shorten it")
+            run = f"{LONGEST:,} white-space characters in a row"
+            raise ValueError(f"the text has more than {run}: shorten it")
         try:
             ranks = [rank for piece in pieces for rank in self.encoding.encode_ordinary(piece)]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # what a Rust library's failure is; not an Exception
+            # Rust's panic is no Exception, and its class cannot be imported.
+            if type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"tiktoken cannot split the text, one piece of it may be too long ({error})") from None
+            what = "tiktoken cannot split the text, one piece of it may be too long"
+            raise ValueError(f"{what} ({error})") from None
         return ranks if self.ids is None else self.ids[ranks].tolist()
 
     def description(self) -> dict:
         """The contents of our own tokenizer.json."""
-        ids = None if self.ids is None else self.ids.tolist()
-        return {"kind": "bpe", "nfc": self.nfc, "patterns": self.patterns, "tokens": [_spell(t) for t in self.merged], "ids": ids,
-                "specials": self.specials, "decoded": {str(i): _spell(t) for i, t in self.decoded.items()}}  # fmt: skip
+        return {
+            "kind": "bpe",
+            "nfc": self.nfc,
+            "patterns": self.patterns,
+            "tokens": [_spell(t) for t in self.merged],
+            "ids": None if self.ids is None else self.ids.tolist(),
+            "specials": self.specials,
+            "decoded": {str(i): _spell(t) for i, t in self.decoded.items()},
+        }
+
+
+def any_of(names: Iterable[str]) -> re.Pattern:
+    """A pattern whose `split` gives text, name, text, name, ..., text. The longest name wins."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
+
+
+def _check_last(pattern: str) -> None:
+    """Raise ValueError for a pattern with syntax that can mean something else in tiktoken."""
+    escapes = re.findall(r"\\.", pattern)
+    without_escapes = re.sub(r"\\.", "", pattern)
+    without_classes = re.sub(r"\[[^\]]*\]", "", without_escapes)
+    unsafe = any(e[1].isalnum() and e[1] not in "pPsSdDrnt" for e in escapes)
+    if {*"$^"} & {*without_classes} or unsafe:
+        raise ValueError(
+            f"cannot split by {pattern!r}: ^, $ or one of its escapes can mean something else in tiktoken"
+        )
 
 
 def _spell(token: bytes) -> str:
@@ -199,75 +291,92 @@ def bytes_tokenizer(specials: list[str]) -> BPETokenizer:
 
 
 def truncated(tokenizer: BPETokenizer, size: int, specials: list[str]) -> BPETokenizer:
-    """The BPE of the first `size` tokens in merge order (256 bytes, then merges), with ids 0 to size - 1, then `specials`.
+    """The BPE of the first `size` tokens in merge order (256 bytes, then merges), with ids 0 to size - 1.
 
-    A prefix of a merge list is itself a BPE: no merge needs a later one.
+    `specials` get the ids after these. No merge needs a later one: a prefix of a merge list is itself a BPE.
     """
     if not 256 <= size <= len(tokenizer.merged):
-        raise ValueError(f"a truncated vocabulary has 256 (the bytes) to {len(tokenizer.merged)} tokens, not {size}")
+        allowed = f"256 (the bytes) to {len(tokenizer.merged)} tokens"
+        raise ValueError(f"a truncated vocabulary has {allowed}, not {size}")
     merged = {t: rank for rank, t in enumerate(list(tokenizer.merged)[:size])}
     return BPETokenizer(merged, tokenizer.patterns, _numbered(specials, size), tokenizer.nfc)
 
 
 def load(folder: str | Path, pattern: str | None = None, nfc: bool = False) -> Tokenizer:
-    """The tokenizer of a folder: our own tokenizer.json, or the hub's tokenizer.json, vocab.json + merges.txt, or *.tiktoken.
+    """The tokenizer of a folder: our own tokenizer.json, or the files of the hub.
 
-    `pattern` and `nfc` say how text is split and normalised where the files do not: a .tiktoken file, a tokenizer_class not in CLASSES.
+    The hub's files are tokenizer.json, vocab.json with merges.txt, or *.tiktoken, looked for in this order.
+    `pattern` and `nfc` say how text is split and normalised where the files do not: for a .tiktoken file, or
+    a tokenizer_class that is not in CLASSES.
     Raises FileNotFoundError if there is no tokenizer, ValueError for one that cannot be reproduced exactly.
     """
     folder = Path(folder)
     candidates = [folder / "tokenizer.json", folder / "vocab.json", *sorted(folder.glob("*.tiktoken"))]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, vocab.json with merges.txt, or a .tiktoken file")
+        expected = "tokenizer.json, vocab.json with merges.txt, or a .tiktoken file"
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected {expected}")
     try:
         return _read(path, pattern, nfc)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError, re.error) as error:
-        raise ValueError(f"{path}: {error if type(error) is ValueError else f'malformed, {type(error).__name__}: {error}'}") from None
+        plain = type(error) is ValueError  # its message says what is wrong; other kinds mean broken contents
+        what = error if plain else f"malformed, {type(error).__name__}: {error}"
+        raise ValueError(f"{path}: {what}") from None
 
 
 def _read(path: Path, pattern: str | None, nfc: bool) -> Tokenizer:
-    def optional(name: str) -> dict:
-        return json.loads((path.parent / name).read_text(encoding="utf-8")) if (path.parent / name).is_file() else {}
-
-    data = {} if path.suffix == ".tiktoken" else optional(path.name)
-    if path.name == "tokenizer.json" and data.get("kind") == "char":
+    data = _json(path) if path.suffix == ".json" else {}
+    whole = path.name == "tokenizer.json"  # one file for all; kind is ours, the hub's has none
+    if whole and data.get("kind") == "char":
         return CharTokenizer(data["chars"], data["specials"])
-    if path.name == "tokenizer.json" and data.get("kind") == "bpe":
+    if whole and data.get("kind") == "bpe":
         ids = range(len(data["tokens"])) if data["ids"] is None else data["ids"]
         merged = {_unspell(t): i for t, i in zip(data["tokens"], ids, strict=True)}
-        return BPETokenizer(merged, data["patterns"], data["specials"], data["nfc"], {int(i): _unspell(t) for i, t in data["decoded"].items()})
+        decoded = {int(i): _unspell(t) for i, t in data["decoded"].items()}
+        return BPETokenizer(merged, data["patterns"], data["specials"], data["nfc"], decoded)
 
-    config, decoded = optional("tokenizer_config.json"), {}
-    listed = data["added_tokens"] if path.name == "tokenizer.json" else []
+    folder = path.parent
+    config = _json(folder / "tokenizer_config.json")
+    listed = data["added_tokens"] if whole else []
     listed = listed + [{**token, "id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
-    specials = _specials(listed + [{"content": name, "id": i} for name, i in optional("added_tokens.json").items()])
+    added = _json(folder / "added_tokens.json")
+    specials = _specials(listed + [{"content": name, "id": i} for name, i in added.items()])
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     patterns, nfc = ([pattern], nfc) if pattern else CLASSES.get(kind, ([], False))
     if path.suffix == ".tiktoken":
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        merged = dict(sorted(ranks.items(), key=lambda item: (len(item[0]) > 1, item[1])))
+        merged, decoded = _tiktoken_ranks(path), {}
     elif path.name == "vocab.json":
-        lines = (path.parent / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         merged, decoded = _merge_order(data, merges, specials, False)
     else:
         patterns, nfc, model = _patterns(data["pre_tokenizer"]), _nfc(data["normalizer"]), data["model"]
-        plain = {"type": "BPE", "dropout": None, "byte_fallback": False, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
-        other = [f"{key} = {model[key]!r}" for key in plain if model.get(key) not in (plain[key], None)]
-        if other:
-            raise ValueError(f"not a plain byte-level BPE: its model has {other[0]}")
+        for key, usual in PLAIN_MODEL.items():
+            if model.get(key) not in (usual, None):
+                raise ValueError(f"not a plain byte-level BPE: its model has {key} = {model[key]!r}")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged, decoded = _merge_order(model["vocab"], merges, specials, model.get("ignore_merges", False))
     if not patterns:
-        raise ValueError(f"the files do not say how text is split, and their tokenizer_class {kind} is not one of {', '.join(CLASSES)}")
-    originals = [] if pattern else [path.parent / name for name in ORIGINALS if (path.parent / name).is_file()]
+        says = f"their tokenizer_class {kind} is not one of {', '.join(CLASSES)}"
+        raise ValueError(f"the files do not say how text is split, and {says}")
+    originals = [] if pattern else [folder / name for name in ORIGINALS if (folder / name).is_file()]
     return BPETokenizer(merged, patterns, specials, nfc, decoded, originals)
 
 
+def _json(path: Path) -> dict:
+    """The contents of a JSON file, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _tiktoken_ranks(path: Path) -> dict[bytes, int]:
+    """The `merged` of BPETokenizer. A line of the file is a token in base64 and its rank, which is its id."""
+    lines = [line.split() for line in path.read_bytes().splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    return dict(sorted(ranks.items(), key=lambda item: (len(item[0]) > 1, item[1])))  # single bytes first
+
+
 def _specials(listed: list[dict]) -> dict[str, int]:
-    """name -> id of the added tokens; the first name of an id is the one that counts (SDAR's files spell its mask in two ways)."""
+    """name -> id of the added tokens. The first name of an id counts: SDAR's files spell its mask twice."""
     names: dict[int, str] = {}
     for token in listed:
         names.setdefault(token["id"], token["content"])
@@ -279,7 +388,9 @@ def _specials(listed: list[dict]) -> dict[str, int]:
     return {name: i for i, name in names.items()}
 
 
-def _merge_order(vocab: dict[str, int], merges: list, specials: dict[str, int], ignore_merges: bool) -> tuple[dict, dict]:
+def _merge_order(
+    vocab: dict[str, int], merges: list, specials: dict[str, int], ignore_merges: bool
+) -> tuple[dict[bytes, int], dict[int, bytes]]:
     """The `merged` and `decoded` of BPETokenizer, as the module's docstring derives them."""
     rank = {(a, b): r for r, (a, b) in enumerate(merges)}
     absent = [t for a, b in rank for t in (a, b, a + b) if t not in vocab]
@@ -288,33 +399,46 @@ def _merge_order(vocab: dict[str, int], merges: list, specials: dict[str, int], 
     clash = [name for name, i in specials.items() if vocab.get(name, i) != i]
     if clash:
         raise ValueError(f"the added token {clash[0]!r} has another id in the vocabulary")
-    none, reached, whole, decoded = len(merges), [], [], {}
+    behind = len(merges)
+    ranked, looked_up, decoded = [], [], {}
     for token, i in vocab.items():
-        parts, last = list(token), -1
-        while len(parts) > 1:
-            ranks = [rank.get(pair, none) for pair in itertools.pairwise(parts)]
-            best = min(ranks)
-            if best == none:
-                break
-            at, last = ranks.index(best), best
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        count, last = _run(token, rank)
         if not BYTE.keys() >= {*token}:
             decoded[i] = token.encode()  # spelled outside the byte alphabet, so no text gives it
-        elif len(parts) == 1:
-            reached.append((last, i, _unspell(token)))
+        elif count == 1:
+            ranked.append((last, i, _unspell(token)))
         elif not ignore_merges or token in specials:
             decoded[i] = _unspell(token)
-        elif len(parts) > 2:
-            whole.append((none, i, _unspell(token)))
+        elif count > 2:
+            looked_up.append((behind, i, _unspell(token)))
         else:
-            raise ValueError(f"the token {token!r} is found by the look-up of whole pieces only, and merges cannot avoid it")
-    return {t: i for _, i, t in sorted(reached) + whole}, {i: t for i, t in decoded.items() if i not in specials.values()}
+            what = "is found by the look-up of whole pieces only, and merges cannot avoid it"
+            raise ValueError(f"the token {token!r} {what}")
+    merged = {t: i for _, i, t in sorted(ranked) + looked_up}
+    return merged, {i: t for i, t in decoded.items() if i not in specials.values()}
+
+
+def _run(token: str, rank: dict[tuple[str, str], int]) -> tuple[int, int]:
+    """The original algorithm on one token: how many tokens are left, and the rank of the last merge or -1."""
+    pieces, last = list(token), -1
+    while len(pieces) > 1:
+        ranks = [rank.get(pair, math.inf) for pair in itertools.pairwise(pieces)]
+        best = min(ranks)
+        if best == math.inf:
+            break
+        at, last = ranks.index(best), best
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return len(pieces), last
 
 
 def _nfc(normalizer: dict | None) -> bool:
-    steps = [] if normalizer is None else normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
-    if any(step["type"] != "NFC" for step in steps):
-        raise ValueError(f"the normalizer {[step['type'] for step in steps]} is not supported, only NFC or none")
+    """Whether the normalizer of a tokenizer.json is NFC. Raises ValueError for any other."""
+    steps = [] if normalizer is None else [normalizer]
+    if steps and steps[0]["type"] == "Sequence":
+        steps = steps[0]["normalizers"]
+    kinds = [step["type"] for step in steps]
+    if any(kind != "NFC" for kind in kinds):
+        raise ValueError(f"the normalizer {kinds} is not supported, only NFC or none")
     return bool(steps)
 
 
@@ -333,7 +457,8 @@ def _patterns(pre_tokenizer: dict | None) -> list[str]:
         elif step["type"] == "ByteLevel" and step is steps[-1] and not step["add_prefix_space"]:
             patterns += [GPT2] if step.get("use_regex", True) else []
         else:
-            raise ValueError(f"the pre-tokenizer { {key: step[key] for key in step if key != 'pattern'} } is not supported")
+            shown = {key: step[key] for key in step if key != "pattern"}
+            raise ValueError(f"the pre-tokenizer {shown} is not supported")
     if steps[-1]["type"] != "ByteLevel":
         raise ValueError("not a byte-level BPE: the pre-tokenizer does not end in ByteLevel")
     return patterns or [r"(?s:.+)"]
@@ -346,16 +471,24 @@ def _category(name: str) -> str:
     if not codes:
         raise ValueError(f"unknown Unicode category {name!r}")
     cuts = [k for k in range(1, len(codes)) if codes[k] != codes[k - 1] + 1]
-    return "".join(f"{re.escape(chr(codes[a]))}-{re.escape(chr(codes[b - 1]))}" for a, b in zip([0, *cuts], [*cuts, len(codes)]))
+    spans = itertools.pairwise([0, *cuts, len(codes)])
+    return "".join(f"{re.escape(chr(codes[a]))}-{re.escape(chr(codes[b - 1]))}" for a, b in spans)
 
 
 def _python_regex(pattern: str) -> re.Pattern:
-    """A pattern that others follow, for Python's `re` (tiktoken shows no pieces): \\p{..} and \\s are written out."""
-    out, inside = [], False
+    """A pattern for Python's `re`, with \\p{..} and \\s written out.
+
+    All patterns but the last need this: tiktoken gives no pieces that the next pattern could split.
+    """
+    out, inside = [], False  # inside: within a character class
     for token in re.findall(r"\\[pP]\{\w+\}|\\.|.", pattern, re.DOTALL):
         negated = token[:2] in ("\\P", "\\S")
-        if re.fullmatch(r"\\[^\WpPsSrnt]", token) or (token == "[" or negated) and inside or token == "^" and out[-1:] != ["["]:
-            raise ValueError(f"cannot split by {pattern!r} before another pattern: {token} is not supported there")
+        escape = re.fullmatch(r"\\[^\WpPsSrnt]", token)
+        nested = inside and (token == "[" or negated)
+        anchor = token == "^" and out[-1:] != ["["]
+        if escape or nested or anchor:
+            problem = f"{token} is not supported there"
+            raise ValueError(f"cannot split by {pattern!r} before another pattern: {problem}")
         if token[:2] in ("\\p", "\\P", "\\s", "\\S"):
             ranges = WHITE if token[1] in "sS" else _category(token[3:-1])
             token = ranges if inside else f"[{'^' * negated}{ranges}]"

@@ -1,8 +1,9 @@
-r"""AIME: the 30 problems of a year's American Invitational Mathematics Examination, with answers from 0 to 999. For evaluation only: there
-is nothing but test.npy.
+r"""AIME: the 30 problems of a year's American Invitational Mathematics Examination, with answers from 0 to
+999. For evaluation only: there is nothing but test.npy.
 
-A row is the problem and the room for a solution, whose reference is the answer in a \boxed{}. A canvas counts when the last box of the
-response holds the same (data/answers.py). The paper evaluates 2024 and 2025, with 16,384 tokens (--length).
+A row is the problem and the room for a solution, whose reference is the answer in a \boxed{}. A canvas
+counts when the last box of the response holds the same (data/answers.py). The paper evaluates 2024 and
+2025, with 16,384 tokens (--length).
 
     python data/aime/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto --year 2025 --out data/aime25
     python sample.py --model FOLDER-OF-THE-MODEL --eval data/aime25

@@ -8,14 +8,17 @@
     _ 5 _ _ _ _     6 5 3 2 4 1
     _ 2 _ 3 _ _     4 2 1 3 6 5
 
-Every row and every column holds each digit once. Some cells are given, the model fills the others, and any valid completion counts: with
-10 of 36 cells given there are usually many, so which digit goes where stays open until enough cells are fixed. The canvas is the size*size
-cells in reading order, one token each, without separators; the vocabulary is the digits and <mask>.
+Every row and every column holds each digit once. Some cells are given, the model fills the others, and any
+valid completion counts: with 10 of 36 cells given there are usually many, so which digit goes where stays
+open until enough cells are fixed. The canvas is the size*size cells in reading order, one token each,
+without separators; the vocabulary is the digits and <mask>.
 
-Squares are drawn with the Markov chain of Jacobson and Matthews ("Generating uniformly distributed random Latin squares", J. Combin.
-Designs 4, 1996), many chains side by side. Its stationary distribution is uniform over all Latin squares of the size; chains start at the
-cyclic square, run size^3 moves before the first square is taken and size^2 between takes, and each square taken gets random row, column and
-symbol permutations. Given cells are drawn uniformly. Squares equal up to a renaming of the digits always fall into the same split.
+Squares are drawn with the Markov chain of Jacobson and Matthews ("Generating uniformly distributed random
+Latin squares", J. Combin. Designs 4, 1996), many chains side by side. Its stationary distribution is
+uniform over all Latin squares of the size; chains start at the cyclic square, run size^3 moves before the
+first square is taken and size^2 between takes, and each square taken gets random row, column and symbol
+permutations. Given cells are drawn uniformly. Squares equal up to a renaming of the digits always fall into
+the same split.
 """
 import sys
 from collections.abc import Iterator
@@ -34,9 +37,10 @@ SOURCE = "generated"
 def latin_squares(n: int, rng: np.random.Generator, chains: int = 2048) -> Iterator[np.ndarray]:
     """Endless batches (b, n, n) of Latin squares over 0 … n-1, b <= chains.
 
-    A square is a cube of zeros and ones, cube[r, c, s] = 1 where cell (r, c) holds s: each line in each of the three directions sums to 1.
-    A move adds 1 at a cell that holds 0 (or at the only -1) and, to keep the sums, ±1 at the other corners of a box spanned with a 1 on
-    each of its three lines. The far corner may become -1: that state is "improper", it is walked through but never taken."""
+    A square is a cube of zeros and ones, cube[r, c, s] = 1 where cell (r, c) holds s: each line in each of
+    the three directions sums to 1. A move adds 1 at a cell that holds 0 (or at the only -1) and, to keep
+    the sums, ±1 at the other corners of a box spanned with a 1 on each of its three lines. The far corner
+    may become -1: that state is "improper", it is walked through but never taken."""
     i, rows = np.arange(chains), np.arange(n)
     cube = np.zeros((chains, n, n, n), np.int8)
     cube[:, rows[:, None], rows, (rows[:, None] + rows) % n] = 1
@@ -82,11 +86,12 @@ def layout(text: str) -> str:
 
 
 def check(filled: str, solution: str, given: str) -> bool:
-    """The given cells are kept and every row and column holds each digit once; `solution` is only one of the right answers."""
+    """Given cells are kept, every line holds each digit once; `solution` is one of the right answers."""
     n = isqrt(len(solution))
     digits = set("123456789"[:n])
     lines = [filled[i * n:(i + 1) * n] for i in range(n)] + [filled[i::n] for i in range(n)]
-    return (len(filled) == n * n and all(g in ("_", f) for f, g in zip(filled, given)) and all(set(line) == digits for line in lines))
+    kept = len(filled) == n * n and all(g in ("_", f) for f, g in zip(filled, given))
+    return kept and all(set(line) == digits for line in lines)
 
 
 def main(argv: list[str]) -> None:
@@ -106,10 +111,11 @@ def main(argv: list[str]) -> None:
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         for squares in latin_squares(n, rng):
             tokens = squares.reshape(-1, n * n)  # (b, n, n) -> (b, n*n)
-            yield [relabelled(square) for square in tokens], tokens, rng.random(tokens.shape).argsort(1) >= shown
+            empty = rng.random(tokens.shape).argsort(1) >= shown
+            yield [relabelled(square) for square in tokens], tokens, empty
 
-    write_dataset(args.out, "latin", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE, licence="none needed",
-                  argv=argv, facts={"seed": args.seed, "size": n, "given": shown})
+    write_dataset(args.out, "latin", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE,
+                  licence="none needed", argv=argv, facts={"seed": args.seed, "size": n, "given": shown})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-r"""MATH-500: 500 problems of the MATH test set (Hendrycks et al., 2021), chosen by Lightman et al., 2023. For evaluation only: there is
-nothing but test.npy.
+r"""MATH-500: 500 problems of the MATH test set (Hendrycks et al., 2021), chosen by Lightman et al., 2023.
+For evaluation only: there is nothing but test.npy.
 
-A row is the problem and the room for a solution, whose reference is the final answer in a \boxed{}. A canvas counts when the last box of
-the response holds the same (data/answers.py). The paper evaluates SDAR with 16,384 tokens and LLaDA with 512 (--length).
+A row is the problem and the room for a solution, whose reference is the final answer in a \boxed{}. A
+canvas counts when the last box of the response holds the same (data/answers.py). The paper evaluates SDAR
+with 16,384 tokens and LLaDA with 512 (--length).
 
     python data/math500/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto
     python sample.py --model FOLDER-OF-THE-MODEL --eval math500

@@ -1,9 +1,10 @@
-r"""OpenMathInstruct-2 (Toshniwal et al., "OpenMathInstruct-2", 2024): problems derived from GSM8K and MATH, solved by Llama 3.1 405B;
-what the paper converts LLaDA with.
+r"""OpenMathInstruct-2 (Toshniwal et al., "OpenMathInstruct-2", 2024): problems derived from GSM8K and MATH,
+solved by Llama 3.1 405B; what the paper converts LLaDA with.
 
-The prompt is the problem, the response its generated solution; the answer counts when the last box of the response holds the same as the
-reference's (data/answers.py). As in the paper a million samples of up to 2,048 tokens: from the hub, the authors' own fair sample
-(train_1M); from other files, those that come first. A problem has several solutions, all of them in the same split.
+The prompt is the problem, the response its generated solution; the answer counts when the last box of the
+response holds the same as the reference's (data/answers.py). As in the paper a million samples of up to
+2,048 tokens: from the hub, the authors' own fair sample (train_1M); from other files, those that come
+first. A problem has several solutions, all of them in the same split.
 
     python data/openmathinstruct2/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto --pack
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser = parser_of(__doc__, __file__, 2048, train=True)
     parser.set_defaults(samples=1_000_000)
     args = parser.parse_args(argv)
-    write_training_set(args, argv, "openmathinstruct2", pairs(args), source=source_name(args, REPO),
+    write_training_set(args, argv, "openmathinstruct2", pairs=pairs(args), source=source_name(args, REPO),
                        licence="as its source" if args.source else "CC-BY-4.0")  # fmt: skip
 
 

@@ -1,13 +1,15 @@
-r"""OpenR1-Math-220k (open-r1, 2025): competition problems with verified solutions by DeepSeek-R1; what the paper converts SDAR with.
+r"""OpenR1-Math-220k (open-r1, 2025): competition problems with verified solutions by DeepSeek-R1; what the
+paper converts SDAR with.
 
-The prompt is the problem; the response is the first generation that is complete, was found correct (by Math-Verify or by Llama as a judge),
-has a \boxed{} answer and fits: the paper keeps samples of up to 8,192 tokens, the default --length. A generation begins with its reasoning
-in <think> tags. The answer counts when the last box of the response holds the same as the reference's (data/answers.py).
+The prompt is the problem; the response is the first generation that is complete, was found correct (by
+Math-Verify or by Llama as a judge), has a \boxed{} answer and fits: the paper keeps samples of up to 8,192
+tokens, the default --length. A generation begins with its reasoning in <think> tags. The answer counts when
+the last box of the response holds the same as the reference's (data/answers.py).
 
     python data/openr1_math/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto --pack --block 32
 
-The paper does not name the subset: `default` has 94k problems and is what its authors recommend for fine-tuning, `extended` 131k easier
-ones, `all` both. Needs pyarrow: pip install -e ".[data]"
+The paper does not name the subset: `default` has 94k problems and is what its authors recommend for
+fine-tuning, `extended` 131k easier ones, `all` both. Needs pyarrow: pip install -e ".[data]"
 """
 import argparse
 import itertools
@@ -20,21 +22,24 @@ from data import answers
 from data.common import run
 from data.hub import parser_of, records, source_files, source_name, texts, write_training_set
 
-REPO, SUBSETS = "open-r1/OpenR1-Math-220k", {"default": "data", "extended": "extended", "all": "all"}  # name -> folder
+REPO = "open-r1/OpenR1-Math-220k"
+SUBSETS = {"default": "data", "extended": "extended", "all": "all"}  # name -> folder
 SOURCE = f"https://huggingface.co/datasets/{REPO}"
-COLUMNS = {name: (name,) for name in ("generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete")}
+JUDGED = ("generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete")
+COLUMNS = {name: (name,) for name in JUDGED}
 check = answers.check
 
 
 def correct(place: str, record: dict) -> list[str]:
-    """The generations that are complete, as far as that is known, and were found correct by at least one of the two judges."""
+    """The generations that are complete, as far as is known, and correct by at least one judge."""
     lists = [record[name] for name in COLUMNS]
     if not all(isinstance(values, list | None) for values in lists):
         raise ValueError(f"{place}: expected lists in {', '.join(COLUMNS)}")
     if record["is_reasoning_complete"] is None:
         lists[3] = [True] * len(lists[0] or [])
     rows = itertools.zip_longest(*(values or [] for values in lists))
-    return texts(place, [generation for generation, verified, judged, complete in rows if (verified or judged) and complete])
+    right = [text for text, verified, judged, complete in rows if (verified or judged) and complete]
+    return texts(place, right)
 
 
 def pairs(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
@@ -48,7 +53,7 @@ def main(argv: list[str]) -> None:
     parser = parser_of(__doc__, __file__, 8192, train=True)
     parser.add_argument("--subset", choices=SUBSETS, default="default", help="of the hub's files")
     args = parser.parse_args(argv)
-    write_training_set(args, argv, "openr1_math", pairs(args), source=source_name(args, REPO),
+    write_training_set(args, argv, "openr1_math", pairs=pairs(args), source=source_name(args, REPO),
                        licence="as its source" if args.source else "Apache-2.0")  # fmt: skip
 
 

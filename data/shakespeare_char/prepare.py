@@ -3,9 +3,10 @@
     ROMEO:
     But, soft! what light through yonder window breaks?
 
-The vocabulary is the 65 characters of the text and <mask>. The splits are exactly nanoGPT's, so figures compare: train.npy is the first
-90 % of the text, val.npy the last 10 %. nanoGPT has no third split and test.npy is the same text as val.npy (halving it would not do: the
-second half is 0.2 nats per character harder for a 5-gram model). There is no right answer, so `check` is None.
+The vocabulary is the 65 characters of the text and <mask>. The splits are exactly nanoGPT's, so figures
+compare: train.npy is the first 90 % of the text, val.npy the last 10 %. nanoGPT has no third split and
+test.npy is the same text as val.npy (halving it would not do: the second half is 0.2 nats per character
+harder for a 5-gram model). There is no right answer, so `check` is None.
 """
 import sys
 from pathlib import Path
@@ -22,11 +23,13 @@ check = None
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--source", default=SOURCE, help="address or file of the text (any UTF-8 text of 1,000 characters or more)")
+    parser.add_argument("--source", default=SOURCE,
+                        help="address or file of the text (any UTF-8 text of 1,000 characters or more)")
     args = parser.parse_args(argv)
     text = read_text(args.source, "plain text")
     if len(text) < 1000:
-        raise ValueError(f"{args.source}: {len(text)} characters are too few; expected a text of 1,000 or more")
+        few = f"{len(text)} characters are too few; expected a text of 1,000 or more"
+        raise ValueError(f"{args.source}: {few}")
     tokenizer = CharTokenizer(sorted(set(text)), ["<mask>"])
     tokens = np.array(tokenizer.encode(text))
     train, val = np.split(tokens, [int(0.9 * len(tokens))])

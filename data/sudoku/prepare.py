@@ -8,13 +8,15 @@
     6 5 _ _ _ _     6 5 1 2 3 4
     _ _ _ _ 1 _     4 2 3 6 1 5
 
-The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in reading order, one token each,
-without separators; the vocabulary is the digits and <mask>. The model fills the empty cells, and its answer counts when it is the solution.
+The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in
+reading order, one token each, without separators; the vocabulary is the digits and <mask>. The model fills
+the empty cells, and its answer counts when it is the solution.
 
-Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards that end in a contradiction
-are thrown away (every board can come out, not all equally often). Then cells are emptied in random order, each only if the solution stays
-the only one, until --given are left. All of it runs on many boards at once, a cell being a bit set of its possible digits.
-Puzzles whose solutions are equal up to a renaming of the digits always fall into the same split.
+Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
+that end in a contradiction are thrown away (every board can come out, not all equally often). Then cells
+are emptied in random order, each only if the solution stays the only one, until --given are left. All of it
+runs on many boards at once, a cell being a bit set of its possible digits. Puzzles whose solutions are
+equal up to a renaming of the digits always fall into the same split.
 """
 import sys
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
 
 
 class Rules:
-    """Many boards at once. A board is (n*n,) bit sets of the digits still possible in each cell, boards are (B, n*n) uint16."""
+    """Many boards at once: boards (B, n*n) uint16, each cell a bit set of the digits still possible."""
 
     def __init__(self, n: int):
         cell, (height, width) = np.arange(n * n), BOX[n]
@@ -41,11 +43,12 @@ class Rules:
         box = row // height * (n // width) + column // width
         self.n, self.full = n, (1 << n) - 1
         self.units_of = np.stack((row, n + column, 2 * n + box))  # (3, n*n): the three units of a cell
-        self.units = np.stack([cell[(self.units_of == unit).any(0)] for unit in range(3 * n)])  # (3n, n): the cells of a unit
+        units = [cell[(self.units_of == unit).any(0)] for unit in range(3 * n)]
+        self.units = np.stack(units)  # (3n, n): the cells of a unit
 
     def propagate(self, boards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Follow forced moves to their end: a digit fixed in a unit leaves its other cells; a digit with one place in a unit goes there.
-        Returns the boards and (B,) bool: no contradiction was found."""
+        """Follow forced moves to their end: a digit fixed in a unit leaves its other cells; a digit with
+        one place in a unit goes there. Returns the boards and (B,) bool: no contradiction was found."""
         boards, alive, active = boards.copy(), np.ones(len(boards), bool), np.arange(len(boards))
         while len(active):
             old = boards[active]
@@ -57,14 +60,14 @@ class Rules:
                 twice |= once & new[:, place]
                 once |= new[:, place]
             forced = new & np.bitwise_or.reduce((once & ~twice)[:, self.units_of], 1)
-            ok = (once == self.full).all(1)  # every digit has a place in every unit; in a filled board that is all there is to ask
+            ok = (once == self.full).all(1)  # every digit has a place in every unit
             new = np.where(forced > 0, forced, new)
             boards[active], alive[active] = new, ok
             active = active[ok & (new != old).any(1)]
         return boards, alive
 
     def solvable(self, boards: np.ndarray) -> np.ndarray:
-        """(B,) bool: some completion exists. Breadth-first: one board becomes one per digit of its tightest cell."""
+        """(B,) bool: a completion exists. Breadth-first: one board per digit of the tightest cell."""
         found, owner = np.zeros(len(boards), bool), np.arange(len(boards))
         while len(boards):
             boards, alive = self.propagate(boards)
@@ -80,7 +83,8 @@ class Rules:
         return found
 
     def solutions(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """At most `count` filled boards (b, n*n): random digits go into random tightest cells, contradictory boards are dropped."""
+        """At most `count` filled boards (b, n*n): random digits go into random tightest cells, boards that
+        contradict themselves are dropped."""
         boards = np.full((count, self.n**2), self.full, np.uint16)
         while (COUNT[boards] > 1).any():
             choices = COUNT[boards]
@@ -92,7 +96,8 @@ class Rules:
             boards = boards[alive]
         return boards
 
-    def puzzles(self, solutions: np.ndarray, given: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def puzzles(self, solutions: np.ndarray, given: int,
+                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Empty cells in random order, each only if no other digit could stand there, until `given` are left.
         Returns the solutions for which that worked and (b, n*n) bool, True = empty."""
         empty, i = np.zeros(solutions.shape, bool), np.arange(len(solutions))
@@ -120,7 +125,8 @@ def main(argv: list[str]) -> None:
     n, fewest = args.size, {6: 9, 9: 24}[args.size]
     given = {6: 10, 9: 32}[n] if args.given is None else args.given
     if not fewest <= given < n * n:
-        raise ValueError(f"--given goes from {fewest} (fewer are too rare to find) to {n * n - 1} for --size {n}")
+        least = f"{fewest} (fewer are too rare to find)"
+        raise ValueError(f"--given goes from {least} to {n * n - 1} for --size {n}")
     rules, tokenizer = Rules(n), CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
 
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
@@ -129,8 +135,8 @@ def main(argv: list[str]) -> None:
             tokens = COUNT[boards - 1]  # the bit of digit d is 2**(d - 1), so d - 1 bits lie below it
             yield [relabelled(board) for board in tokens], tokens, empty
 
-    write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE, licence="none needed",
-                  argv=argv, facts={"seed": args.seed, "size": n, "given": given})
+    write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE,
+                  licence="none needed", argv=argv, facts={"seed": args.seed, "size": n, "given": given})
 
 
 if __name__ == "__main__":

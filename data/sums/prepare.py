@@ -2,11 +2,12 @@
 
     4+6+9+7+1+7=10,19,26,27,34.
 
-The prompt is a sum of digits, the response writes down every partial sum: 4+6 = 10, 10+9 = 19, ..., 27+7 = 34. A model that fills all
-positions in one pass has to do all the additions at once; filling one token at a time it only ever adds two numbers. At this length a small
-model still learns to do both; more --terms make the chain longer, and --digits=2 is a good deal harder to learn: carries go from right to left,
-the digits are written from left to right.
-The answer counts when every partial sum is right. Characters are tokens; the response is padded with <eos> to a fixed length.
+The prompt is a sum of digits, the response writes down every partial sum: 4+6 = 10, 10+9 = 19, ..., 27+7 =
+34. A model that fills all positions in one pass has to do all the additions at once; filling one token at a
+time it only ever adds two numbers. At this length a small model still learns to do both; more --terms make
+the chain longer, and --digits=2 is a good deal harder to learn: carries go from right to left, the digits
+are written from left to right. The answer counts when every partial sum is right. Characters are tokens;
+the response is padded with <eos> to a fixed length.
 
 Two problems with the same terms in another order are the same problem: they always fall into the same split.
 """
@@ -37,13 +38,14 @@ def check(filled: str, solution: str, given: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--terms", type=int, default=6, help="numbers to add, 2 to 20: the chain has one step less")
+    parser.add_argument("--terms", type=int, default=6,
+                        help="numbers to add, 2 to 20: the chain has one step less")
     parser.add_argument("--digits", type=int, default=1, help="digits of each number, 1 to 6")
     sizes(parser, train=100_000)
     args = parser.parse_args(argv)
     if not (2 <= args.terms <= 20 and 1 <= args.digits <= 6):
         raise ValueError("--terms goes from 2 to 20 and --digits from 1 to 6")
-    low, high = 10 ** (args.digits - 1), 10**args.digits  # no leading zeros, so every prompt has the same length
+    low, high = 10 ** (args.digits - 1), 10**args.digits  # no leading zeros: all prompts are as long
     prompt_length, length = map(len, problem([high - 1] * args.terms))
     length += prompt_length
     eos_id, mask_id = TOKENIZER.specials["<eos>"], TOKENIZER.specials["<mask>"]
@@ -59,8 +61,9 @@ def main(argv: list[str]) -> None:
             keys = [" ".join(map(str, sorted(terms))) for terms in numbers]
             yield keys, tokens, np.tile(is_response, (len(numbers), 1))
 
-    write_dataset(args.out, "sums", TOKENIZER, collect(args, draws), mask_id=mask_id, eos_id=eos_id, source=SOURCE, licence="none needed",
-                  argv=argv, facts={"seed": args.seed, "terms": args.terms, "digits": args.digits})
+    write_dataset(args.out, "sums", TOKENIZER, collect(args, draws), mask_id=mask_id, eos_id=eos_id,
+                  source=SOURCE, licence="none needed", argv=argv,
+                  facts={"seed": args.seed, "terms": args.terms, "digits": args.digits})
 
 
 if __name__ == "__main__":

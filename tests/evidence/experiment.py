@@ -1,17 +1,18 @@
 """A named experiment over several seeds, in one command: `python tests/evidence/experiment.py sudoku`.
 
-An experiment is a list of runs, each one command line of train.py, and a list of curves, each a trained model under the sampler with accuracy
-(or, for text, infilling and the verdict of an autoregressive judge) over step budgets and confidence thresholds. Runs and curves are cells
-under out/<experiment>/: a finished one is not made again, an interrupted run goes on where it stopped, so the command may be killed and
-typed again, and different seeds may be made side by side in different shells.
+An experiment is a list of runs, each one command line of train.py, and a list of curves, each a trained model
+under the sampler with accuracy (for text: infilling and the verdict of an autoregressive judge) over step
+budgets and confidence thresholds. Runs and curves are cells under out/<experiment>/. A finished one is not
+made again, an interrupted run goes on where it stopped. So the command may be killed and typed again, and
+different seeds may be made side by side in different shells.
 
-What comes out, beside this file: <experiment>.json (every figure, its interval, every command), <experiment>.md (the table) and, unless it is an
-ablation of many curves, <experiment>.png. Accuracy is the mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within
-them, test items. Nothing is chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half of
-the test canvases, an experiment the second; what is fitted (fit below) is fitted on validation canvases.
+What comes out, beside this file: <experiment>.json (every figure, its interval, every command),
+<experiment>.md (the table) and, unless it is an ablation of many curves, <experiment>.png. Accuracy is the
+mean over seeds; its 95 % interval is a bootstrap that draws seeds and, within them, test items. Nothing is
+chosen by these test items: train.py's own table, which one looks at while trying things, shows the first half
+of the test canvases, an experiment the second. What is fitted (fit below) is fitted on validation canvases.
 """
 
-import argparse
 import json
 import math
 import os
@@ -26,13 +27,15 @@ sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import zoo
-from rcd import Residual, Sampler, denoise, diffusion_loss
-from sample import Setting, autocast, evaluate, pick_device, run
+from rcd import denoise, diffusion_loss
+from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
+from zoo.progress import progress
+from zoo.tools.command import Parser, autocast, pick_device, run
+from zoo.tools.evaluate import Setting, evaluate
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,17 @@ class Curve:
 
     label: str
     run: str  # the run whose model is sampled
-    sampler: dict = field(default_factory=dict)  # Sampler fields other than the commit rule's
-    residual: dict = field(default_factory=dict)  # Residual fields other than those it was trained with
+    sampler: dict = field(default_factory=dict)  # Decoding fields other than the commit rule's
+    residual: dict = field(default_factory=dict)  # Carry fields other than those it was trained with
     reference: str = ""  # the run that warms the start up
     more: tuple[int, ...] = ()  # further step budgets, which the summary counts and the table leaves out
-    fit: tuple[str, tuple] = ()  # (Residual field, values): the value with the best validation accuracy over the thresholds is taken
+    fit: tuple[str, tuple] = ()  # (Carry field, values): the best value on validation canvases is taken
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """Runs, curves, and how they are measured."""
+
     about: str
     options: str  # of train.py, for every run
     runs: dict[str, str]  # name -> further options of train.py; {name} is the model of an earlier run
@@ -60,98 +65,144 @@ class Experiment:
     within: tuple[int, ...] = (3, 4, 5, 6, 8)  # forward passes, of the summary
     judge: str = ""  # text: the autoregressive run that judges what was written
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
-    folder: str = ""  # its cells are under out/<folder>/; default: the experiment's name. Experiments that share runs share a folder
+    folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
 
 
-PLAIN = {"base": "--stage=base", "seqd": "--stage=reference --init_from={base}"}
-BEST, LETTER = "--stage=target --init_from={base}", "--stage=target --recipe=paper --init_from={base} --reference={seqd}"
+FROM_BASE = "--init_from={base}"
+PLAIN = {"base": "--stage=base", "seqd": f"--stage=reference {FROM_BASE}"}
+TRAJECTORY = f"--stage=target {FROM_BASE}"
+ALGORITHM_1 = f"--stage=target --recipe=paper {FROM_BASE} --reference={{seqd}}"
+EARLIER = f"--stage=target --recipe=earlier {FROM_BASE}"
+FIXED = "--weight=fixed --fixed=0.5"
+
 SEQD = Curve("SeqD", "seqd", {"carry": "none"})
+RCD = Curve("RCD", "rcd")
+COLD = Curve("by the letter, cold", "letter")
+WARM = Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd")
 SELF = Curve("RCD, self start", "rcd", {"start": "self"})
-HEADLINE = [SEQD, Curve("RCD", "rcd"), Curve("by the letter, cold", "letter"), Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd")]
+BY_LETTER = {"rcd": TRAJECTORY, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the default recipe
+MORE = (3, 5, 7)
 
 
 def ablation(about: str, runs: dict[str, str], curves: list[Curve]) -> Experiment:
     """Sudoku with stages of half the length."""
-    runs = {"base": "--stage=base", "seqd": "--stage=reference --steps=350 --init_from={base}"} | {n: f"{o} --steps=350" for n, o in runs.items()}
-    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999), within=(4, 5, 6, 8), by_curve=True, folder="ablation")
+    plain = {"base": "--stage=base", "seqd": f"--stage=reference --steps=350 {FROM_BASE}"}
+    runs = plain | {name: f"{options} --steps=350" for name, options in runs.items()}
+    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999),
+                      within=(4, 5, 6, 8), by_curve=True, folder="ablation")  # fmt: skip
 
 
 WEIGHTS = {w: f"--weight={w}" for w in ("entropy", "confidence", "1-entropy", "1-confidence", "one", "top-1")}
 WEIGHTS |= {f"fixed-{a}": f"--weight=fixed --fixed={a}" for a in (0.3, 0.5, 0.7)}
-FIXED, EARLIER = "--weight=fixed --fixed=0.5", "--stage=target --recipe=earlier --init_from={base}"
 REMEDIES = {
-    "letter": LETTER, "letter-absent": f"{LETTER} --absent=0.3", "letter-fixed-absent": f"{LETTER} {FIXED} --absent=0.3",
-    "earlier-entropy": f"{EARLIER} --weight=entropy --absent=0.3", "earlier-fixed": f"{EARLIER} {FIXED} --absent=0.3",
-    "entropy": f"{BEST} --weight=entropy", "fixed-0.5": f"{BEST} {FIXED}", "fixed-0.5-window-2": f"{BEST} {FIXED} --window=2 --batch_size=64",
-}  # fmt: skip
+    "letter": ALGORITHM_1,
+    "letter-absent": f"{ALGORITHM_1} --absent=0.3",
+    "letter-fixed-absent": f"{ALGORITHM_1} {FIXED} --absent=0.3",
+    "earlier-entropy": f"{EARLIER} --weight=entropy --absent=0.3",
+    "earlier-fixed": f"{EARLIER} {FIXED} --absent=0.3",
+    "entropy": f"{TRAJECTORY} --weight=entropy",
+    "fixed-0.5": f"{TRAJECTORY} {FIXED}",
+    "fixed-0.5-window-2": f"{TRAJECTORY} {FIXED} --window=2 --batch_size=64",
+}
+
+
+def warm(label: str, run: str, residual: dict | None = None, reference: str = "seqd") -> Curve:
+    return Curve(label, run, {"start": "warm"}, residual or {}, reference)
+
 
 EXPERIMENTS = {
     "sudoku": Experiment(
-        "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right", "--data=sudoku",
-        PLAIN | {"rcd": BEST, "letter": LETTER, "seqd-more": "--stage=reference --init_from={base} --steps=1120"},
-        [replace(SEQD, more=(3, 5, 7)), replace(HEADLINE[1], more=(3, 5, 7)), *HEADLINE[2:], SELF,
-         Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=(3, 5, 7))],
+        "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right",
+        "--data=sudoku",
+        PLAIN | BY_LETTER | {"seqd-more": f"--stage=reference {FROM_BASE} --steps=1120"},
+        [replace(SEQD, more=MORE), replace(RCD, more=MORE), COLD, WARM, SELF,
+         Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=MORE)],
     ),
     "long": Experiment(
-        "Sudoku with stages of three times the length (2,100 steps), from the same base", "--data=sudoku",
-        {"base": "--stage=base", "seqd-long": PLAIN["seqd"] + " --steps=2100", "rcd-long": BEST + " --steps=2100"},
-        [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=(3, 5, 7)), Curve("RCD, long", "rcd-long", more=(3, 5, 7)),
-         Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=(3, 5, 7))], folder="sudoku",
+        "Sudoku with stages of three times the length (2,100 steps), from the same base",
+        "--data=sudoku",
+        {"base": "--stage=base", "seqd-long": PLAIN["seqd"] + " --steps=2100",
+         "rcd-long": TRAJECTORY + " --steps=2100"},
+        [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=MORE),
+         Curve("RCD, long", "rcd-long", more=MORE),
+         Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=MORE)],
+        folder="sudoku",
     ),
     "latin": Experiment(
-        "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts", "--data=latin",
-        PLAIN | {"rcd": BEST, "letter": LETTER}, [*HEADLINE, SELF], within=(6, 9, 13, 15, 20),
+        "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts",
+        "--data=latin", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF], within=(6, 9, 13, 15, 20),
     ),
     "sums": Experiment(
-        "chain of thought: five running sums of six one-digit numbers; all of them must be right", "--data=sums --batch_size=64",
-        PLAIN | {"rcd": BEST, "letter": LETTER}, [*HEADLINE, SELF], steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
+        "chain of thought: five running sums of six one-digit numbers; all of them must be right",
+        "--data=sums --batch_size=64", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
+        steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
     ),
     "text": Experiment(
-        "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 (writing, temperature 1)",
+        "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 "
+        "(writing, temperature 1)",
         "--data=shakespeare_char --length=64 --batch_size=12",
-        {"base": "--stage=base --base_steps=2000", "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7"}
-        | {"seqd": "--stage=reference --init_from={base} --steps=1400", "rcd": BEST + " --steps=1400", "letter": LETTER + " --steps=1400"},
-        HEADLINE, steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
+        {"base": "--stage=base --base_steps=2000",
+         "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
+         "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": TRAJECTORY + " --steps=1400",
+         "letter": ALGORITHM_1 + " --steps=1400"},
+        [SEQD, RCD, COLD, WARM],
+        steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
     ),
-    "weights": ablation("the residual's weight, each trained with it on trajectories", {n: f"{BEST} {o}" for n, o in WEIGHTS.items()}, [Curve(n, n) for n in WEIGHTS]),
+    "weights": ablation(
+        "the residual's weight, each trained with it on trajectories",
+        {name: f"{TRAJECTORY} {options}" for name, options in WEIGHTS.items()},
+        [Curve(name, name) for name in WEIGHTS],
+    ),
     "remedies": ablation(
-        "how the target is trained: Algorithm 1, rows without a residual, its own earlier state, its own trajectories", REMEDIES,
-        [Curve(n, n) for n in REMEDIES] + [Curve(f"{n}, warm", n, {"start": "warm"}, reference="seqd") for n in REMEDIES if n.startswith("letter")],
+        "how the target is trained: Algorithm 1, rows without a residual, its own earlier state, its own "
+        "trajectories",
+        REMEDIES,
+        [Curve(name, name) for name in REMEDIES]
+        + [warm(f"{name}, warm", name) for name in REMEDIES if name.startswith("letter")],
     ),
     "starts": ablation(
-        "a block's first residual", {"letter": LETTER, "fixed-0.5": f"{BEST} {FIXED}"},
+        "a block's first residual", {"letter": ALGORITHM_1, "fixed-0.5": f"{TRAJECTORY} {FIXED}"},
         [Curve(f"{label}, {start}", name, {"start": start}, reference="seqd" if start == "warm" else "")
-         for label, name in (("letter", "letter"), ("trajectory", "fixed-0.5")) for start in ("cold", "warm", "self", "dirichlet")],
+         for label, name in (("letter", "letter"), ("trajectory", "fixed-0.5"))
+         for start in ("cold", "warm", "self", "dirichlet")],
     ),
     "temperature": ablation(
-        "T_res at sampling, by the letter with a warm start", {"letter": LETTER},
-        [Curve(f"T_res {t}", "letter", {"start": "warm"}, {"t_res": t}, "seqd") for t in (0.5, 0.8, 0.92, 1.0, 1.25, 2.0)]
-        + [Curve(f"T_res {t}, Delta tempered", "letter", {"start": "warm"}, {"t_res": t, "temper_delta": True}, "seqd") for t in (0.5, 0.8, 1.25)]
-        + [Curve("T_res fitted", "letter", {"start": "warm"}, {}, "seqd", fit=("t_res", (0.5, 0.65, 0.8, 0.92, 1.0, 1.25, 1.5, 2.0)))],
+        "T_res at sampling, by the letter with a warm start", {"letter": ALGORITHM_1},
+        [warm(f"T_res {t}", "letter", {"t_res": t}) for t in (0.5, 0.8, 0.92, 1.0, 1.25, 2.0)]
+        + [warm(f"T_res {t}, Delta tempered", "letter", {"t_res": t, "temper_delta": True})
+           for t in (0.5, 0.8, 1.25)]
+        + [replace(warm("T_res fitted", "letter"),
+                   fit=("t_res", (0.5, 0.65, 0.8, 0.92, 1.0, 1.25, 1.5, 2.0)))],
     ),
     "reference": ablation(
-        "the size of the reference, by the letter with a warm start: 0.1, 0.8 (the target's) and 2.6 million parameters",
-        {"small-base": "--stage=base --n_layer=2 --n_head=2 --d_model=64", "small": "--stage=reference --init_from={small-base}",
-         "large-base": "--stage=base --n_layer=6 --n_head=6 --d_model=192", "large": "--stage=reference --init_from={large-base}",
-         "letter": LETTER, "letter-small": LETTER.replace("{seqd}", "{small}"), "letter-large": LETTER.replace("{seqd}", "{large}")},
-        [Curve(f"{size}, warm", f"letter{run}", {"start": "warm"}, reference=reference)
-         for size, run, reference in (("smaller", "-small", "small"), ("same", "", "seqd"), ("larger", "-large", "large"))],
+        "the size of the reference, by the letter with a warm start: 0.1, 0.8 (the target's) and 2.6 million "
+        "parameters",
+        {"small-base": "--stage=base --n_layer=2 --n_head=2 --d_model=64",
+         "small": "--stage=reference --init_from={small-base}",
+         "large-base": "--stage=base --n_layer=6 --n_head=6 --d_model=192",
+         "large": "--stage=reference --init_from={large-base}",
+         "letter": ALGORITHM_1, "letter-small": ALGORITHM_1.replace("{seqd}", "{small}"),
+         "letter-large": ALGORITHM_1.replace("{seqd}", "{large}")},
+        [warm("smaller, warm", "letter-small", reference="small"), warm("same, warm", "letter"),
+         warm("larger, warm", "letter-large", reference="large")],
     ),
     "blocks": ablation(
-        "decoding block by block, the canvas's 36 cells in blocks of 9, 12 and 18 (bidirectional attention)", {"fixed-0.5": f"{BEST} {FIXED}"},
+        "decoding block by block, the canvas's 36 cells in blocks of 9, 12 and 18 (bidirectional attention)",
+        {"fixed-0.5": f"{TRAJECTORY} {FIXED}"},
         [Curve(f"{label}, block {b}", name, {"carry": carry, "block_size": b}) for b in (9, 12, 18)
-         for label, name, carry in (("SeqD", "seqd", "none"), ("RCD", "fixed-0.5", "residual"))] + [Curve("RCD", "fixed-0.5")],
+         for label, name, carry in (("SeqD", "seqd", "none"), ("RCD", "fixed-0.5", "residual"))]
+        + [Curve("RCD", "fixed-0.5")],
     ),
     "block-causal": Experiment(
-        "chain of thought with block-causal attention, blocks of four tokens (a Sudoku is no task for it: a block does not see what is given after it)",
-        "--data=sums --batch_size=64 --block_size=4", PLAIN | {"rcd": BEST}, [SEQD, Curve("RCD", "rcd"), SELF],
+        "chain of thought with block-causal attention, blocks of four tokens (a Sudoku is no task for it: a "
+        "block does not see what is given after it)",
+        "--data=sums --batch_size=64 --block_size=4", PLAIN | {"rcd": TRAJECTORY}, [SEQD, RCD, SELF],
         (4, 5, 8, 15), (0.7, 0.85, 0.95, 0.99), within=(4, 5, 6, 8, 15),
     ),
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Cells
+# ---- Cells
 
 
 class SecondHalf(data.Dataset):
@@ -162,6 +213,11 @@ class SecondHalf(data.Dataset):
 
     def response(self, split: str) -> np.ndarray:
         return super().response(split)[500 * (split == "test") :]
+
+
+def succeeds(command: list[str]) -> bool:
+    """Run a command in the repository, without its stdout. True if it ends with exit code 0."""
+    return subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 class Cells:
@@ -185,15 +241,17 @@ class Cells:
     def command(self, run: str) -> list[str]:
         options = self.e.runs[run].format(**{r: self.folder(r) for r in self.e.runs})
         seed = [] if "--seed" in options else [f"--seed={self.seed}"]
-        return [*self.e.options.split(), *options.split(), *seed, f"--name={self.run(run)}", "--test_items=0", "--eval_items=0"]
+        always = [f"--name={self.run(run)}", "--test_items=0", "--eval_items=0"]
+        return [*self.e.options.split(), *options.split(), *seed, *always]
 
     def train(self, run: str) -> None:
         if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
             print(f"python train.py {' '.join(self.command(run))}", flush=True)
             started = (ROOT / "out" / self.folder(run) / "state.safetensors").is_file()
             command = [sys.executable, "train.py", *self.command(run), *(["--resume"] if started else [])]
-            if subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode:
-                raise ValueError(f"{run} of seed {self.seed} did not finish: see above; the same command goes on from here")
+            if not succeeds(command):
+                stopped = f"{run} of seed {self.seed} did not finish"
+                raise ValueError(f"{stopped}: see above; the same command goes on from here")
 
     def model(self, run: str) -> zoo.Loaded | None:
         if run and run not in self.models:
@@ -202,16 +260,17 @@ class Cells:
 
     def settings(self, c: Curve, residual: dict) -> list[Setting]:
         loaded, reference = self.model(c.run), self.model(c.reference)
-        trained = {k: v for k, v in loaded.meta.get("residual", {}).items()}
-        ways = [Sampler(rule="static", steps=k, **c.sampler) for k in self.e.steps]
-        ways += [Sampler(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
-        ways += [Sampler(rule="static", steps=k, **c.sampler) for k in c.more]
-        return [Setting(c.label, loaded.model, reference and reference.model, way, Residual(**trained | c.residual | residual)) for way in ways]
+        carry = Carry(**carry_options(loaded.meta.get("residual", {})) | c.residual | residual)
+        samplers = [Decoding(rule="static", steps=k, **c.sampler) for k in self.e.steps]
+        samplers += [Decoding(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
+        samplers += [Decoding(rule="static", steps=k, **c.sampler) for k in c.more]
+        return [Setting(c.label, loaded.model, reference and reference.model, s, carry) for s in samplers]
 
     def curve(self, c: Curve) -> list[dict]:
         """Its rows, from its file if that was made of the same settings."""
         path = ROOT / "out" / self.name / f"{re.sub('[^a-zA-Z0-9.]+', '-', c.label)}-{self.seed}.json"
-        made_of = json.loads(json.dumps([{k: v for k, v in asdict(c).items() if v != ()}, self.e.steps, self.e.thresholds, self.e.items]))
+        of_curve = {name: value for name, value in asdict(c).items() if value != ()}
+        made_of = json.loads(json.dumps([of_curve, self.e.steps, self.e.thresholds, self.e.items]))
         if path.is_file() and (stored := json.loads(path.read_text()))["made_of"] == made_of:
             return stored["rows"]
         dataset, fitted = data.load(self.model(c.run).meta["data"]), {}
@@ -221,54 +280,71 @@ class Cells:
             scores = {}
             for value in values:
                 settings = [s for s in self.settings(c, {name: value}) if s.sampler.rule == "threshold"]
-                scores[value] = np.mean([r["accuracy"] for r in evaluate(settings, dataset, "val", 200, 200, self.dtype, self.seed)])
+                fits = evaluate(settings, dataset, "val", 200, 200, self.dtype, self.seed)
+                scores[value] = np.mean([r["accuracy"] for r in fits])
             fitted = {name: max(scores, key=scores.get)}
         score = infill if self.e.judge else evaluate
         extra = (self.model(self.e.judge).model,) if self.e.judge else ()
-        rows = score(self.settings(c, fitted), dataset, "test", self.e.items, 250, self.dtype, self.seed, *extra)
+        settings = self.settings(c, fitted)
+        rows = score(settings, dataset, "test", self.e.items, 250, self.dtype, self.seed, *extra)
         rows = [r | {"fitted": fitted} if fitted else r for r in rows]
-        write_atomic(path, lambda temporary: temporary.write_text(json.dumps({"made_of": made_of, "rows": rows}) + "\n"))
+        text = json.dumps({"made_of": made_of, "rows": rows}) + "\n"
+        write_atomic(path, lambda temporary: temporary.write_text(text))
         return rows
 
 
-def infill(settings: list[Setting], dataset: data.Dataset, split: str, items: int, batch: int, dtype: torch.dtype, seed: int, judge) -> list[dict]:
-    """Like evaluate(), for running text. Per window of 64 characters: "correct" is the share of the randomly masked half that is filled in as
-    the author wrote it (temperature 0); "judge" the nats per character that the autoregressive judge needs for 32 characters written
-    after 32 of the author's (temperature 1); "entropy" that of the characters written, in nats: low is a text that repeats itself."""
+def infill(settings: list[Setting], dataset: data.Dataset, split: str, items: int, batch: int,
+           dtype: torch.dtype, seed: int, judge) -> list[dict]:  # fmt: skip
+    """Like evaluate(), for running text in windows of 64 characters, all at once (batch is not read).
+
+    "correct" is the share of a randomly masked half that is filled in as the author wrote it (temperature 0).
+    "judge" is the nats per character that the autoregressive judge needs for 32 characters written after 32
+    of the author's (temperature 1). "entropy" is that of the characters written, in nats: low for a text
+    that repeats itself.
+    """
     stream = torch.from_numpy(dataset.tokens(split).astype("int64"))
     length, generator = 64, torch.Generator().manual_seed(0)
-    text = stream[torch.randperm(len(stream) // length, generator=generator)[:items, None] * length + torch.arange(length)]  # (N, T), disjoint
+    windows = torch.randperm(len(stream) // length, generator=generator)[:items, None]
+    text = stream[windows * length + torch.arange(length)]  # (N, T), disjoint
     half = torch.rand(text.shape, generator=generator).argsort(1) < length // 2  # (N, T)
     end = (torch.arange(length) >= length // 2).expand_as(half)  # (N, T)
     rows = []
-    for s in tqdm(settings, desc=settings[0].label, leave=False):
-        device, mask = s.model.embedding.device, s.model.config.mask_id
-        with torch.no_grad(), autocast(device, dtype):
-            noise = torch.Generator(device).manual_seed(seed)
-            for filled in denoise(s.model, text.masked_fill(half, mask).to(device), s.sampler, s.residual, reference=s.reference, generator=noise):  # noqa: B007
-                pass
-            writer = replace(s.sampler, temperature=1.0)
-            for written in denoise(s.model, text.masked_fill(end, mask).to(device), writer, s.residual, reference=s.reference, generator=noise):  # noqa: B007
-                pass
-            judged = [diffusion_loss(judge, row[None].to(device), end[:1].to(device), t=torch.ones(1, 1, device=device)).item() for row in written.tokens]
-        correct = (((filled.tokens == text) & half).sum(1) / half.sum(1)).tolist()
-        p = torch.bincount(written.tokens[end]).float()
-        rows.append({
-            "label": s.label, "rule": s.sampler.rule, "value": s.sampler.threshold if s.sampler.rule == "threshold" else s.sampler.steps,
-            "accuracy": float(np.mean(correct)), "nfe": filled.nfe.float().mean().item(), "correct": correct,
-            "judge": judged, "written_nfe": written.nfe.float().mean().item(), "entropy": torch.special.entr(p / p.sum()).sum().item(),
-        })  # fmt: skip
+    with progress(len(settings), settings[0].label, "settings", leave=False) as bar:
+        for s in settings:
+            device, mask = s.model.embedding.device, s.model.config.mask_id
+            with torch.no_grad(), autocast(device, dtype):
+                more = {"reference": s.reference, "generator": torch.Generator(device).manual_seed(seed)}
+                canvas = text.masked_fill(half, mask).to(device)
+                for filled in denoise(s.model, canvas, s.sampler, s.residual, **more):  # noqa: B007
+                    pass
+                canvas, writer = text.masked_fill(end, mask).to(device), replace(s.sampler, temperature=1.0)
+                for written in denoise(s.model, canvas, writer, s.residual, **more):  # noqa: B007
+                    pass
+                t = torch.ones(1, 1, device=device)
+                judged = [diffusion_loss(judge, row[None].to(device), end[:1].to(device), t=t).item()
+                          for row in written.tokens]  # fmt: skip
+            correct = (((filled.tokens == text) & half).sum(1) / half.sum(1)).tolist()
+            p = torch.bincount(written.tokens[end]).float()
+            rows.append({
+                "label": s.label, "rule": s.sampler.rule,
+                "value": s.sampler.threshold if s.sampler.rule == "threshold" else s.sampler.steps,
+                "accuracy": float(np.mean(correct)), "nfe": filled.nfe.float().mean().item(),
+                "correct": correct, "judge": judged, "written_nfe": written.nfe.float().mean().item(),
+                "entropy": torch.special.entr(p / p.sum()).sum().item(),
+            })  # fmt: skip
+            bar.update()
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Tables and pictures
+# ---- Tables and pictures
 
 
 def bootstrap(correct: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean of correct (seeds, items)."""
     rng, (S, N) = np.random.default_rng(0), correct.shape
-    means = [correct[rng.integers(S, size=S)][np.arange(S)[:, None], rng.integers(N, size=(S, N))].mean() for _ in range(draws)]
+    rows, means = np.arange(S)[:, None], []
+    for _ in range(draws):
+        means.append(correct[rng.integers(S, size=S)][rows, rng.integers(N, size=(S, N))].mean())
     return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
@@ -277,11 +353,13 @@ def merge(seeds: list[list[dict]]) -> list[dict]:
     rows = []
     for group in zip(*seeds):
         first, correct = group[0], np.array([r["correct"] for r in group], dtype=float)  # (seeds, items)
-        row = {k: first[k] for k in ("label", "rule", "value")} | {"nfe": float(np.mean([r["nfe"] for r in group]))}
-        row |= {"accuracy": float(correct.mean()), "interval": bootstrap(correct), "by_seed": correct.mean(1).round(4).tolist()}
+        row = {k: first[k] for k in ("label", "rule", "value")}
+        row |= {"nfe": float(np.mean([r["nfe"] for r in group])), "accuracy": float(correct.mean())}
+        row |= {"interval": bootstrap(correct), "by_seed": correct.mean(1).round(4).tolist()}
         if "judge" in first:
             judge = np.array([r["judge"] for r in group])
-            row |= {"judge": float(judge.mean()), "judge_interval": bootstrap(judge), "judge_by_seed": judge.mean(1).round(4).tolist()}
+            row |= {"judge": float(judge.mean()), "judge_interval": bootstrap(judge)}
+            row["judge_by_seed"] = judge.mean(1).round(4).tolist()
             row |= {k: float(np.mean([r[k] for r in group])) for k in ("entropy", "written_nfe")}
         rows.append(row | ({"fitted": [r["fitted"] for r in group]} if "fitted" in first else {}))
     return rows
@@ -293,41 +371,61 @@ def frontier(rows: list[dict], nfe: float) -> float:
 
 
 def summary(curves: list[list[dict]], within: tuple[int, ...]) -> list[str]:
-    """What the paper claims, curve by curve: accuracy at few forward passes, and how many reach the best of the first curve, SeqD."""
+    """What the paper claims, curve by curve: accuracy within few passes, and how many of them reach the
+    best accuracy of the first curve, SeqD."""
     peak = max(curves[0], key=lambda r: (round(r["accuracy"], 6), -r["nfe"]))
-    lines = ["| | best accuracy | at NFE | first at SeqD's best | " + " | ".join(f"within {n} NFE" for n in within) + " |", "|---|--:|--:|--:|" + "--:|" * len(within)]
+    heads = " | ".join(f"within {n} NFE" for n in within)
+    lines = [f"| | best accuracy | at NFE | first at SeqD's best | {heads} |"]
+    lines += ["|---|--:|--:|--:|" + "--:|" * len(within)]
     for rows in curves:
         best = max(rows, key=lambda r: (round(r["accuracy"], 6), -r["nfe"]))
         reach = min((r["nfe"] for r in rows if r["accuracy"] >= peak["accuracy"]), default=math.nan)
-        cells = [f"{best['accuracy']:.1%}", f"{best['nfe']:.2f}", "never" if math.isnan(reach) else f"{reach:.2f} ({peak['nfe'] / reach:.1f}x fewer)"]
-        lines.append(f"| {rows[0]['label']} | " + " | ".join(cells + [f"{frontier(rows, n):.1%}" for n in within]) + " |")
+        reached = "never" if math.isnan(reach) else f"{reach:.2f} ({peak['nfe'] / reach:.1f}x fewer)"
+        cells = [f"{best['accuracy']:.1%}", f"{best['nfe']:.2f}", reached]
+        cells += [f"{frontier(rows, n):.1%}" for n in within]
+        lines.append(f"| {rows[0]['label']} | " + " | ".join(cells) + " |")
     return lines
 
 
 def rule_of(row: dict) -> str:
-    return f"threshold {row['value']:g}" if row["rule"] == "threshold" else f"{row['value']} step" + "s" * (row["value"] > 1)
+    if row["rule"] == "threshold":
+        return f"threshold {row['value']:g}"
+    return f"{row['value']} step" + "s" * (row["value"] > 1)
 
 
 def table(curves: list[list[dict]]) -> list[str]:
     """Every figure: a line per setting, the curves side by side."""
     labels = [rows[0]["label"] for rows in curves]
-    lines = ["| rule | " + " | ".join(f"{label}: accuracy (95 %) | NFE" for label in labels) + " |", "|---|" + "--:|--:|" * len(labels)]
+    heads = " | ".join(f"{label}: accuracy (95 %) | NFE" for label in labels)
+    lines = [f"| rule | {heads} |", "|---|" + "--:|--:|" * len(labels)]
     for group in zip(*curves):
-        cells = [f"{r['accuracy']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%}) | {r['nfe']:.2f}" for r in group]
+        cells = []
+        for r in group:
+            low, high = r["interval"]
+            cells.append(f"{r['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {r['nfe']:.2f}")
         lines.append(f"| {rule_of(group[0])} | " + " | ".join(cells) + " |")
     if "judge" in curves[0][0]:
-        lines += ["", "| rule | " + " | ".join(f"{label}: judge, nats per character (95 %) | entropy | NFE" for label in labels) + " |", "|---|" + "--:|--:|--:|" * len(labels)]
+        heads = " | ".join(f"{label}: judge, nats per character (95 %) | entropy | NFE" for label in labels)
+        lines += ["", f"| rule | {heads} |", "|---|" + "--:|--:|--:|" * len(labels)]
         for group in zip(*curves):
-            cells = [f"{r['judge']:.2f} ({r['judge_interval'][0]:.2f} to {r['judge_interval'][1]:.2f}) | {r['entropy']:.2f} | {r['written_nfe']:.2f}" for r in group]
+            cells = []
+            for r in group:
+                low, high = r["judge_interval"]
+                judged = f"{r['judge']:.2f} ({low:.2f} to {high:.2f})"
+                cells.append(f"{judged} | {r['entropy']:.2f} | {r['written_nfe']:.2f}")
             lines.append(f"| {rule_of(group[0])} | " + " | ".join(cells) + " |")
     return lines
 
 
 def table_by_curve(curves: list[list[dict]]) -> list[str]:
-    """Every accuracy in %, its 95 % interval and, after "@", its NFE: a line per curve, the settings side by side."""
-    lines = ["| in %, interval @ NFE | " + " | ".join(rule_of(r) for r in curves[0]) + " |", "|---|" + "--:|" * len(curves[0])]
+    """Every accuracy in %, its 95 % interval and, after "@", its NFE: a line per curve."""
+    heads = " | ".join(rule_of(r) for r in curves[0])
+    lines = [f"| in %, interval @ NFE | {heads} |", "|---|" + "--:|" * len(curves[0])]
     for rows in curves:
-        cells = [f"{100 * r['accuracy']:.1f} ({100 * r['interval'][0]:.0f}-{100 * r['interval'][1]:.0f}) @ {r['nfe']:.1f}" for r in rows]
+        cells = []
+        for r in rows:
+            low, high = r["interval"]
+            cells.append(f"{100 * r['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}) @ {r['nfe']:.1f}")
         lines.append(f"| {rows[0]['label']} | " + " | ".join(cells) + " |")
     return lines
 
@@ -336,28 +434,32 @@ def plot(curves: list[list[dict]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.4), layout="constrained")
-    for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), (("threshold", "confidence threshold"), ("static", "step budget"))):
+    rules = (("threshold", "confidence threshold"), ("static", "step budget"))
+    for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), rules):
         drawn = []
         for k, rows in enumerate(curves):
             curve = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["nfe"])
             x = [r["nfe"] for r in curve]
             drawn += x
             axes.plot(x, [100 * r["accuracy"] for r in curve], "o-", color=f"C{k}", label=rows[0]["label"])
-            axes.fill_between(x, *[[100 * r["interval"][i] for r in curve] for i in (0, 1)], color=f"C{k}", alpha=0.15)
+            low, high = ([100 * r["interval"][i] for r in curve] for i in (0, 1))
+            axes.fill_between(x, low, high, color=f"C{k}", alpha=0.15)
         axes.set(title=name, xlabel="forward passes per canvas (NFE)", xscale="log")
         ticks = [t for t in (1, 2, 3, 4, 6, 9, 13, 20, 32) if min(drawn) * 0.9 <= t <= max(drawn) * 1.1]
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy in %")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("name", help="; ".join(f"{name}: {e.about}" for name, e in EXPERIMENTS.items()).replace("%", "%%"))
+    parser = Parser(__doc__)
+    about = "; ".join(f"{name}: {e.about}" for name, e in EXPERIMENTS.items())
+    parser.add_argument("name", help=about.replace("%", "%%"))
     parser.add_argument("--seeds", default="1,2,3", help="comma-separated [1,2,3]")
     parser.add_argument("--cells", action="store_true", help="only make the cells of these seeds, no table")
     o = parser.parse_args()
@@ -372,14 +474,25 @@ def main() -> None:
         for name in e.runs:
             cells.train(name)
             commands.append("python train.py " + " ".join(cells.command(name)))
-        by_seed.append([cells.curve(c) for c in tqdm(e.curves, desc=f"{o.name}, seed {seed}", unit="curve", disable=None)])
+        made = []
+        with progress(len(e.curves), f"{o.name}, seed {seed}", "curves") as bar:
+            for c in e.curves:
+                made.append(cells.curve(c))
+                bar.update()
+        by_seed.append(made)
     if o.cells:
         return
     curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
-    facts = {"about": e.about, "command": f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}", "items": e.items, "torch": torch.__version__}
-    text = [f"# {o.name}: {e.about}", "", f"`{facts['command']}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", "",
-            *summary(curves, e.within), "", *(table_by_curve if e.by_curve else table)(curves), "", *(f"{c[0]['label']}: {', '.join(map(str, c[0]['fitted']))}, by seed" for c in curves if "fitted" in c[0])]  # fmt: skip
-    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(json.dumps(facts | {"commands": list(dict.fromkeys(commands)), "curves": curves}, indent=1) + "\n"))
+    command = f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}"
+    facts = {"about": e.about, "command": command, "items": e.items, "torch": torch.__version__}
+    facts |= {"commands": list(dict.fromkeys(commands)), "curves": curves}
+    text = [f"# {o.name}: {e.about}", ""]
+    text += [f"`{command}`, {e.items} test items, {len(seeds)} seeds, torch {torch.__version__}", ""]
+    text += [*summary(curves, e.within), "", *(table_by_curve if e.by_curve else table)(curves), ""]
+    for first in (rows[0] for rows in curves if "fitted" in rows[0]):
+        text.append(f"{first['label']}: {', '.join(map(str, first['fitted']))}, by seed")
+    figures = json.dumps(facts, indent=1) + "\n"
+    write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(figures))
     write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
     if not e.by_curve:
         plot(curves, HERE / f"{o.name}.png", e.about)

@@ -1,0 +1,132 @@
+"""The four seams of rcd.py. An example of each, which the README shows too, decides what comes out.
+
+Each example stands between a line `# example` and a line `# end`, to be copied as it is.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import rcd
+
+MASK = 11  # of the tiny models
+CANVAS = torch.tensor([[3, 1, 4] + [MASK] * 9])
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch):
+    """What an example adds to a table is gone after its test."""
+    for name in ("WEIGHTS", "RULES"):
+        monkeypatch.setattr(rcd, name, dict(getattr(rcd, name)))
+
+
+@torch.no_grad()
+def logits_of(model, canvas, soft=None):
+    """Logits (T, V) of one forward on the canvas (1, T). soft (T, D): what it reads at the masks."""
+    x = model.embed_tokens(canvas)
+    x = x if soft is None else torch.where((canvas == MASK)[..., None], soft, x)
+    return model.logits(model(x, torch.arange(canvas.shape[1])[None])[0])
+
+
+def test_a_weight(tiny):
+    # example
+    # A weight: p (n, V) -> alpha (n,). The closer the two likeliest tokens, the more residual.
+    def margin(z, p, residual):
+        first, second = p.topk(2).values.unbind(-1)
+        return 1 - (first - second)
+
+    rcd.WEIGHTS["margin"] = margin  # Residual(weight="margin")
+    # end
+    residual, p = rcd.Residual(weight="margin"), torch.tensor([[0.6, 0.1, 0.3], [0.5, 0.5, 0.0]])
+    torch.testing.assert_close(residual(p.log(), torch.eye(3)), (torch.tensor([0.7, 1.0]), p))
+    step = next(rcd.denoise(tiny(), CANVAS, residual=residual))
+    two = logits_of(tiny(), CANVAS).softmax(-1).topk(2).values
+    torch.testing.assert_close(step.alpha[0], (1 - two[:, 0] + two[:, 1]) * (step.tokens[0] == MASK))
+
+
+def test_a_commit_rule(tiny):
+    # example
+    # A commit rule: masked cells -> which to fix now, (N,) bool. Low entropy, and always the lowest.
+    def entropy_below(cells, sampler):
+        entropy = rcd.entropy_of(*rcd.softmax(cells.logits)).to(cells.row.device)  # (N,) in nats
+        return (entropy < 0.5) | cells.best(-entropy)
+
+    rcd.RULES["entropy-below"] = entropy_below  # Sampler(rule="entropy-below")
+    # end
+    model, canvas, below = tiny(seed=1), CANVAS, []
+    for step in rcd.denoise(model, canvas, rcd.Sampler(rule="entropy-below", carry="none")):
+        entropy = torch.special.entr(logits_of(model, canvas).softmax(-1)).sum(-1)
+        entropy = entropy.masked_fill(canvas[0] != MASK, torch.inf)
+        below.append(int((entropy < 0.5).sum()))
+        assert torch.equal(step.committed[0], (entropy < 0.5) | (entropy == entropy.min()))
+        canvas = step.tokens
+    assert 0 in below and max(below) > 1  # both halves of the rule were needed
+
+
+def test_a_carry(tiny):
+    # example
+    # A carry: logits (N, V), E (V, D) -> alpha (N,), Delta (N, D). The likeliest token, weighted by its p.
+    def top_1(logits, E, grad=False):
+        confidence, token = logits.float().softmax(-1).max(-1)
+        return confidence, E[token]
+
+    # denoise(model, canvas, residual=top_1), and in training: reference_context(reference, top_1)
+    # end
+    model, reference, tokens = tiny(seed=3), tiny(seed=4), CANVAS.clamp(max=9)
+    first, second, *_ = rcd.denoise(model, CANVAS, residual=top_1)
+    (p, token), E = logits_of(model, CANVAS).softmax(-1).max(-1), model.embedding.detach()
+    soft, masks = (1 - p)[:, None] * E[MASK] + p[:, None] * E[token], first.tokens[0] == MASK  # Eq. 2
+    confidence = logits_of(model, first.tokens, soft).softmax(-1).amax(-1)
+    torch.testing.assert_close((first.alpha[0], second.confidence[0]), (p * masks, confidence * masks))
+
+    def by_hand(target, noised):
+        p, token = logits_of(reference, noised.x)[noised.cells[1]].softmax(-1).max(-1)
+        return p, target.embedding[token]
+
+    by_seam, expected = (
+        rcd.diffusion_loss(model, tokens, context=context, generator=torch.Generator().manual_seed(0))
+        for context in (rcd.reference_context(reference, top_1), by_hand)
+    )
+    torch.testing.assert_close(by_seam, expected)
+
+
+def test_a_reader(tiny):
+    model, other = tiny(seed=3), tiny(seed=4)
+
+    # example
+    # A reader: canvas -> logits (N, V) at the masked cells. The mean of two models: `other` is the second.
+    class Mean(rcd.Reader):
+        passes = 2  # forward passes of a call, counted as NFE
+
+        def __init__(self, model, tokens, lengths, b, fill):
+            super().__init__(model, tokens, lengths, b)
+            self.second = rcd.Reader(other, tokens, lengths, b)
+
+        def __call__(self, *block):
+            return (super().__call__(*block) + self.second(*block)) / 2
+
+    class TwoModels(rcd.Sampler):  # denoise(model, canvas, TwoModels())
+        reader = Mean
+
+    # end
+    canvas = CANVAS
+    for step in rcd.denoise(model, canvas, TwoModels(carry="none")):
+        p = ((logits_of(model, canvas) + logits_of(other, canvas)) / 2).softmax(-1)
+        torch.testing.assert_close(step.confidence[0], p.amax(-1) * (canvas[0] == MASK))
+        canvas = step.tokens
+    assert step.nfe.item() == 18 and torch.equal(canvas[step.committed], p[step.committed[0]].argmax(-1))
+    model = other = tiny(seed=3, block_size=4)  # each reader keeps a cache of its own
+    plain, twice = (list(rcd.denoise(model, CANVAS, kind())) for kind in (rcd.Sampler, TwoModels))
+    torch.testing.assert_close([s.confidence for s in twice], [s.confidence for s in plain])
+
+
+def test_the_readme_shows_these_examples():
+    here, readme = (Path(path).read_text() for path in (__file__, Path(__file__).parents[1] / "README.md"))
+    examples = re.findall(r"    # example\n(.+?)    # end\n", here, flags=re.DOTALL)
+    assert len(examples) == 4
+    for example in examples:
+        example = textwrap.dedent(example).strip()
+        assert example in readme and len(re.findall(r"^ *[^ #\n]", example, flags=re.MULTILINE)) < 10

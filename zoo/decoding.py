@@ -1,0 +1,189 @@
+"""What the families of the zoo, and the paper's ablations, add to the sampler and the residual of rcd.py.
+
+The command line and the settings that a family recommends are of the two classes Decoding and Carry. All of
+it enters through the seams of rcd.py: rules in RULES, weights in WEIGHTS, readers through Sampler.reader and
+Sampler.start_readers, the order of filling through Sampler.turns.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from rcd import (RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, Transformer, by_rows, check,
+                 softmax, tile)  # fmt: skip
+from zoo import dream, fastdllm, llada, speed
+
+CACHES = {"exact": Reader, "prefix": fastdllm.PrefixCache, "dual": fastdllm.DualCache}
+
+
+def entropy_bounded(c: Candidates, s: "Decoding") -> Tensor:
+    """EB-sampler (arXiv 2505.24857): the k surest cells with H_1 + ... + H_(k-1) <= entropy_bound."""
+    entropy = dream.entropies(c)  # (N,)
+    rank = c.rank(-entropy)
+    order = (c.row * len(rank) + rank).argsort()  # row by row, the surest first
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    before = entropy[order].double().cumsum(0) - entropy[order]  # of all that stand earlier in that order
+    before = (before[place] - before[place - rank]).float()  # of those in the same row
+    return c.best(-entropy) | (before <= s.entropy_bound)
+
+
+def at_random(c: Candidates, s: Sampler) -> Tensor:
+    """LLaDA's random remasking: any cells, as many as the quota."""
+    device = c.generator.device if c.generator else None
+    return c.best(torch.rand(len(c.row), generator=c.generator, device=device).to(c.row.device))
+
+
+def left_to_right(c: Candidates, s: Sampler) -> Tensor:
+    return c.best(-c.column.float())
+
+
+RULES |= {
+    "left-to-right": left_to_right,
+    "random": at_random,
+    "entropy-bounded": entropy_bounded,
+    "lowest-entropy": dream.lowest_entropy,
+    "margin": dream.margin,
+}
+WEIGHTS |= {
+    "1-entropy": lambda z, p, r: 1 - WEIGHTS["entropy"](z, p, r),
+    "1-confidence": lambda z, p, r: 1 - WEIGHTS["confidence"](z, p, r),
+    "one": lambda z, p, r: z.new_ones(len(z)),
+    "top-1": lambda z, p, r: z.new_ones(len(z)),  # and Delta = E[argmax]: see Carry
+}
+
+
+@dataclass(frozen=True)
+class Decoding(Sampler):
+    """How a canvas is denoised: the commit rule, the carry, the first residual, the draw, the cache"""
+
+    rule: str = "static"  # what to commit: static (the most confident, on a step budget) | threshold |
+    # entropy-bounded | lowest-entropy | margin | random | left-to-right (the last four on a step budget)
+    entropy_bound: float = 0.1  # rule=entropy-bounded: the k surest with H_1 + ... + H_(k-1) <= this, in nats
+    start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's) | self (its own) |
+    # dirichlet (of a random p)
+    self_passes: int = 1  # passes of start=self, each on the residual of the one before; none commits
+    top_k: int = 0  # draw among the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # draw among the likeliest tokens that hold this mass (of the 1,024 likeliest)
+    sub_block: int = 0  # fill each block in sub-blocks of so many tokens, left to right (Fast-dLLM v2: 8);
+    # 0 = in one
+    cache: str = "exact"  # keys and values of a bidirectional model: exact (none kept) | prefix | dual
+    # (approximate: Fast-dLLM)
+    fixed_shapes: bool = False  # forwards in a few shapes, for CUDA graphs
+    guidance: float = 0.0  # classifier-free guidance w (LLaDA): u + (w + 1)(c - u), where u does not see the
+    # prompt; doubles the NFE
+
+    starts = ("cold", "warm", "self", "dirichlet")  # no annotation: not a field
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.cache in CACHES, f"cache={self.cache!r}: choose from {', '.join(CACHES)}")
+        for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
+        passes = self.self_passes
+        check(passes >= 1, f"self_passes={passes} must be at least 1; start=cold has no such pass")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
+        check(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
+
+    def reader(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, fill: Tensor) -> Reader:
+        exact = self.cache == "exact" or not model.config.block_size
+        check(exact, f"cache={self.cache}: a block-causal model's cache is exact, choose cache=exact")
+        kind = speed.fixed_shapes(CACHES[self.cache]) if self.fixed_shapes else CACHES[self.cache]
+        read = kind(model, tokens, lengths, b)
+        if not self.guidance:
+            return read
+        prompt = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~fill  # (B, T)
+        return llada.Guided(read, kind(model, tokens, lengths, b), prompt, self.guidance)
+
+    def start_readers(self, read: Reader, reference: Transformer | None, generator: Generator | None) -> list:
+        if self.start == "self":
+            return [read] * self.self_passes
+        if self.start == "dirichlet":
+            return [Dirichlet(read, generator)]
+        if self.start == "warm" and self.fixed_shapes:
+            return [speed.fixed_shapes(Reader)(reference, read.tokens, read.lengths, read.b)]
+        return super().start_readers(read, reference, generator)
+
+    def turns(self, at: Tensor, b: int, c: Config) -> tuple[Tensor, int]:
+        return fastdllm.sub_blocks(at, b, self.sub_block, c) if self.sub_block else super().turns(at, b, c)
+
+    def draw(self, z: Tensor, generator: Generator | None) -> Tensor:
+        """As in rcd.Sampler, among the top_k and top_p likeliest tokens. No sort of the whole vocabulary."""
+        V = z.shape[1]
+        k = min(self.top_k or V, V, 1024 if self.top_p < 1 else V)
+        if k == V and self.top_p == 1:
+            return super().draw(z, generator)
+        values, ids = (z / self.temperature).topk(k)  # (n, k)
+        if self.top_p < 1:
+            p = values.softmax(-1)
+            values = values.masked_fill(p.cumsum(-1) - p >= self.top_p, -math.inf)  # the likeliest stays
+        exponential = torch.empty_like(values).exponential_(generator=generator)
+        chosen = (values.softmax(-1) / exponential).argmax(-1, keepdim=True)
+        return ids.gather(-1, chosen)[:, 0]
+
+
+class Dirichlet:
+    """start=dirichlet (the paper's table of starts): p drawn from Dirichlet(1, ..., 1). It costs no pass."""
+
+    passes = 0
+
+    def __init__(self, read: Reader, generator: Generator | None):
+        self.c, self.device, self.generator = read.model.config, read.model.head.device, generator
+
+    def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, alpha: None, delta: None) -> Tensor:
+        """Logits (N, V) whose softmax is such a p: Exp(1) draws, normalised, are a draw from it."""
+        c, weights = self.c, torch.empty(len(cells), self.c.vocab_size, device=self.device)
+        weights.exponential_(generator=self.generator)
+        weights[:, c.mask_id], weights[:, c.real_vocab or c.vocab_size :] = 0, 0
+        return weights.log()
+
+
+@dataclass(frozen=True)
+class Carry(Residual):
+    """What is carried from step to step: the weight alpha, and Delta"""
+
+    weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence | fixed | one | 1-entropy | 1-confidence |
+    # top-1 (one, and Delta = E[argmax])
+    temper_delta: bool = False  # T_res tempers Delta too (section 3.3 can be read so, Algorithm 2 not)
+    residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.t_res < math.inf, f"t_res={self.t_res} must be above 0 and finite")
+        check(0 <= self.fixed <= 1, f"fixed={self.fixed} must lie in [0, 1]")
+        check(self.residual_top_k >= 0, f"residual_top_k={self.residual_top_k} must not be negative")
+
+    def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not self.temper_delta:
+            return super().alpha_and_p(logits, dtype)
+        z, p = softmax(logits, self.t_res)
+        return WEIGHTS[self.weight](z, p, self).detach(), p.to(dtype)
+
+    def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
+        """As in rcd.Residual. With residual_top_k = k, Delta is the expectation over the k likeliest tokens.
+
+        Let m be their mass: Delta = sum p_j E_j / m, and |Delta - exact| <= 2 (1 - m) max |E_j|. The tokens
+        left out add at most (1 - m) max |E_j|, and division by m moves the others by no more.
+        """
+        k = 1 if self.weight == "top-1" else self.residual_top_k
+        if not 0 < k < logits.shape[1]:
+            return super().__call__(logits, E, grad)
+        with torch.set_grad_enabled(grad):
+            if self.weight in ("fixed", "one", "top-1"):  # these read no p
+                alpha = WEIGHTS[self.weight](logits.float()[:, :1], None, self)
+            else:
+                (alpha,) = by_rows(lambda z: self.alpha_and_p(z, E.dtype)[:1], tile(logits), logits)
+            if self.weight == "top-1":
+                return alpha, E[logits.argmax(-1)]
+            top, ids = logits.topk(k)  # (N, k)
+            p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
+            return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")  # (N,), (N, D)
+
+
+def carry_options(values: dict) -> dict:
+    """Residual options of a train.json: the names of earlier versions become today's."""
+    return {{"terms": "residual_top_k"}.get(name, name): value for name, value in values.items()}

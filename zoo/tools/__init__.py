@@ -1,0 +1,1 @@
+"""What the scripts train.py and sample.py are made of."""

@@ -1,0 +1,139 @@
+"""Accuracy against forward passes: fill the canvases of a data set under many settings; table and plot."""
+
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rcd import Residual, Sampler, Transformer, denoise
+from zoo.decoding import Decoding
+from zoo.files import write_atomic
+from zoo.progress import progress
+from zoo.tools.command import autocast
+
+
+class Setting(NamedTuple):
+    """One row of an evaluation."""
+
+    label: str
+    model: Transformer
+    reference: Transformer | None  # of start=warm
+    sampler: Sampler
+    residual: Residual
+
+
+def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: int, dtype: torch.dtype,
+             seed: int = 0) -> list[dict]:  # fmt: skip
+    """Fill the first `limit` canvases of a split of a data.Dataset under every setting, `batch` at once.
+
+    Returns a dict per setting: label, rule, value (steps or threshold), accuracy (by the data set's own
+    check), nfe (forward passes of a canvas, mean), tokens_per_step, correct (a bool per canvas) and seconds.
+    Raises ValueError for a data set without right answers.
+    """
+    if dataset.check is None:
+        where = "evaluate its validation bound with train.py instead"
+        raise ValueError(f"data set {dataset.name} has no right answers to check; {where}")
+    solutions = torch.from_numpy(dataset.tokens(split)[:limit].astype("int64"))  # (N, L)
+    response = torch.from_numpy(dataset.response(split)[:limit].copy())  # (N, L)
+    rows = []
+    with progress(len(settings) * len(solutions), "evaluate", "canvases", leave=False) as bar:
+        for label, model, reference, sampler, residual in settings:
+            device, begin, correct, nfe = model.embedding.device, time.perf_counter(), [], []
+            generator = torch.Generator(device).manual_seed(seed)
+            for i in range(0, len(solutions), batch):
+                tokens, fill = solutions[i : i + batch], response[i : i + batch]
+                canvas = tokens.masked_fill(fill, model.config.mask_id)
+                with autocast(device, dtype):
+                    run = denoise(model, canvas, sampler, residual, reference=reference, generator=generator)
+                    for step in run:  # noqa: B007 (the last one is needed)
+                        pass
+                filled = zip(step.tokens.tolist(), tokens.tolist(), fill.tolist())
+                correct += [dataset.correct(*row) for row in filled]
+                nfe += step.nfe.tolist()
+                bar.update(len(tokens))
+            rows.append({
+                "label": label, "rule": sampler.rule,
+                "value": sampler.threshold if sampler.rule == "threshold" else sampler.steps,
+                "accuracy": sum(correct) / len(correct), "nfe": sum(nfe) / len(nfe),
+                "tokens_per_step": int(response.sum()) / sum(nfe), "correct": correct,
+                "seconds": time.perf_counter() - begin,
+            })  # fmt: skip
+    return rows
+
+
+def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer | None, sampler: Decoding,
+          residual: Residual, tokens: float, steps: list[int] | None = None,
+          thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
+    """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm.
+
+    Each over step budgets and over thresholds. Default budgets: 1, 2, 4, and those that fill 8, 5, 3, 2 or 1
+    of the `tokens` of a canvas per step. None is below `blocks`, the most blocks that a canvas can have
+    (default: what fits into the longest canvas), since each block takes a step.
+    """
+    if not steps:
+        block = sampler.block_size or target.config.block_size
+        least, most = blocks or (-(-target.config.max_len // block) if block else 1), math.ceil(tokens)
+        wanted = (1, 2, 4, *(math.ceil(tokens / n) for n in (8, 5, 3, 2, 1)))
+        steps = sorted({max(least, min(k, most)) for k in wanted})
+    unbudgeted = ("threshold", "entropy-bounded")
+    rule = "static" if sampler.rule in unbudgeted else sampler.rule
+    samplers = [replace(sampler, rule=rule, steps=k, sub_block=0) for k in steps]  # budgets: whole blocks
+    thresholds = thresholds or [0.3, 0.5, 0.7, 0.85, 0.95]
+    samplers += [replace(sampler, rule="threshold", threshold=t, steps=0) for t in thresholds]
+    settings = []
+    if seqd is not None:
+        settings = [Setting("SeqD", seqd, None, replace(s, carry="none"), residual) for s in samplers]
+    for start in dict.fromkeys(["cold", *(["warm"] if reference else []), sampler.start]):
+        carried = [replace(s, carry="residual", start=start) for s in samplers]
+        settings += [Setting(f"RCD ({start})", target, reference, s, residual) for s in carried]
+    return settings
+
+
+def interval(correct: list[bool]) -> tuple[float, float]:
+    """95 % bootstrap interval: of n items drawn with replacement, Binomial(n, accuracy) are right."""
+    draws = np.random.default_rng(0).binomial(len(correct), np.mean(correct), 10_000) / len(correct)
+    return tuple(np.percentile(draws, (2.5, 97.5)))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of evaluate() as an aligned table in Markdown."""
+    cells = [("model", "rule", "accuracy (95 % interval)", "NFE", "tokens per step")]
+    for r in rows:
+        budget = f"{r['rule']}, {r['value']} step{'s' * (r['value'] != 1)}"
+        rule = f"threshold {r['value']:g}" if r["rule"] == "threshold" else budget
+        accuracy = "{:6.1%} ({:.1%} to {:.1%})".format(r["accuracy"], *interval(r["correct"]))
+        cells.append((r["label"], rule, accuracy, f"{r['nfe']:.2f}", f"{r['tokens_per_step']:.2f}"))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    right = (0, 0, 0, 1, 1)  # 1: aligned on the right
+    cells.insert(1, tuple("-" * (width - r) + ":" * r for width, r in zip(widths, right)))
+    lines = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(rows: list[dict], path: str | Path, title: str) -> None:
+    """Accuracy against NFE as a picture, a curve per label and rule. One line says how to get matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print('no plot, matplotlib is not installed: pip install -e ".[plot]"', file=sys.stderr)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes, labels = figure.subplots(), list(dict.fromkeys(r["label"] for r in rows))
+    for label, rule in dict.fromkeys((r["label"], r["rule"]) for r in rows):
+        curve = sorted((r for r in rows if (r["label"], r["rule"]) == (label, rule)), key=lambda r: r["nfe"])
+        x, y = np.array([(r["nfe"], 100 * r["accuracy"]) for r in curve]).T
+        error = np.abs(100 * np.array([interval(r["correct"]) for r in curve]).T - y)  # (2, n)
+        dashed = dict(marker="s", linestyle="--", markerfacecolor="none")
+        style = dict(marker="o", linestyle="-") if rule == "threshold" else dashed
+        color = f"C{labels.index(label)}"
+        axes.errorbar(x, y, error, color=color, capsize=2, label=f"{label}, {rule}", **style)
+    axes.set(title=title, xlabel="forward passes per canvas (NFE)")
+    axes.set(ylabel="accuracy in %, with 95 % bootstrap interval")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    kind = Path(path).suffix[1:] or "png"
+    write_atomic(Path(path), lambda temporary: figure.savefig(temporary, format=kind, dpi=150))

@@ -1,0 +1,487 @@
+"""What the training loop of train.py needs: batches, learning rate, state to resume from, log, validation.
+
+`o` and `shape` stand for the dataclasses Train and Shape of train.py: options by name.
+"""
+
+import functools
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import zoo
+from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
+from zoo import tokenizer
+from zoo.decoding import Decoding
+from zoo.files import load, save, write_atomic
+from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
+from zoo.tools.budget import available, memory, report_memory, shape_of
+from zoo.tools.command import autocast
+from zoo.tools.evaluate import Setting, evaluate, sweep, table
+
+# ---- Options
+
+# A resumed run may change these: where it runs and what it shows. All other options decide its weights.
+FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
+RENAMED = {"pool": "buffer", "terms": "residual_top_k"}  # options by their names in earlier versions
+
+
+def command(resume: bool = False) -> str:
+    """The command line of this run, to be typed again."""
+    typed = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "train.py", *typed, *(["--resume"] if resume else [])])
+
+
+def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
+    """The options that must be equal for a resumed run to give the same weights."""
+    return {k: str(v) for k, v in options.items() if k not in FREE} | {"dtype": str(dtype)}
+
+
+def fill_zeros(preset: dict, *groups: object) -> None:
+    """Set every field that is 0 to the preset's value. Raises ValueError for a number below 0."""
+    for group in groups:
+        for f in fields(group):
+            if f.name in preset and not getattr(group, f.name):
+                setattr(group, f.name, preset[f.name])
+            value = getattr(group, f.name)
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise ValueError(f"{f.name}={value} must not be negative")
+
+
+def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
+    """Raises ValueError for an option that is none of its choices."""
+    for name, among in choices.items():
+        if getattr(o, name) not in among:
+            raise ValueError(f"{name}={getattr(o, name)!r}: choose from {', '.join(among)}")
+
+
+def check_options(o, block_size: int) -> None:
+    """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
+    trajectory = o.recipe == "trajectory"
+    for wrong, says in (
+        (o.reference and o.recipe != "paper",
+         f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
+        (not 1 <= o.accumulate <= o.batch_size,
+         f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}"),
+        (not 0 <= o.absent < 1 or (o.absent and trajectory),
+         f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
+         "start without a residual"),
+        (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
+        (o.window > 1 and not trajectory, f"--window is read by --recipe=trajectory, not by {o.recipe}"),
+        (o.t_per == "block" and not (block_size or o.init_from),
+         "--t_per=block needs a block-causal model: --block_size=b"),
+        (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
+        (o.init_from and o.stage == "base",
+         "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(says)
+
+
+def check_tokens(dataset, init_from: str, reference: str) -> None:
+    """Raises ValueError if the data set is not in the tokens of the models that are named ("" = none)."""
+    prepared = dataset.tokenizer.fingerprint
+    if init_from and tokenizer.load(zoo.find(init_from)).fingerprint != prepared:
+        remedy = f"prepare it again with --tokenizer={zoo.find(init_from)}"
+        raise ValueError(f"data set {dataset.name} is not in the tokens of {init_from}: {remedy}")
+    if reference and tokenizer.load(zoo.find(reference)).fingerprint != prepared:
+        raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {reference}")
+
+
+def check_folder(root: Path, stages: list[str], o) -> None:
+    """Raises ValueError for stages that are there already, unless they are to be resumed or overwritten."""
+    files = ("train.json", "state.safetensors")
+    found = ", ".join(s for s in stages if any((root / s / f).exists() for f in files))
+    if found and not (o.resume or o.overwrite):
+        ways = "--resume goes on, --overwrite starts again, --name=NAME keeps both"
+        raise ValueError(f"{root} already holds {found}: {ways}")
+
+
+def quick_attention(device: torch.device, length: int) -> None:
+    """For short canvases on a CPU: no fused attention, whose bfloat16 backward is slow there.
+
+    256 canvases of 36 tokens, 4 heads of 32, forward and backward, on two cores of an AMD EPYC, torch 2.13:
+    63 ms fused, 7 ms as two matmuls and a softmax.
+    """
+    if device.type == "cpu" and length <= 512:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
+# ---- Models
+
+
+class Run(NamedTuple):
+    """What the stages of a run share."""
+
+    o: Any
+    shape: Any
+    residual: Residual
+    dataset: Any  # data.Dataset
+    config: Config  # of a base
+    root: Path  # out/<name>
+    length: int  # of a canvas in tokens
+    device: torch.device
+    dtype: torch.dtype
+    peak: float  # FLOP/s of a matmul here: full utilisation
+
+
+def base_config(dataset, shape, head_dim: int, length: int) -> Config:
+    """Config of a base for canvases of `length` tokens."""
+    return Config(
+        vocab_size=dataset.meta["vocab_size"], mask_id=dataset.mask_id, pad_id=dataset.eos_id or 0,
+        eos_ids=() if dataset.eos_id is None else (dataset.eos_id,), n_layer=shape.n_layer,
+        n_head=shape.n_head, n_kv_head=shape.n_head, head_dim=head_dim, d_model=shape.d_model,
+        d_ff=-(-shape.d_model * 8 // 3) // 8 * 8, max_len=max(length, 16), block_size=shape.block_size,
+    )  # fmt: skip
+
+
+def reference_of(recipe: str, r: Run) -> str | Path:
+    """The name of Algorithm 1's reference, "" for other recipes. FileNotFoundError: not trained yet."""
+    if not r.o.init_from and not (r.root / "base" / "train.json").is_file():
+        raise FileNotFoundError(f"{r.root}/base is not trained yet: --stage=base, or --init_from=MODEL")
+    if recipe != "paper":
+        return ""
+    if not r.o.reference and not (r.root / "reference" / "train.json").is_file():
+        remedy = "--stage=reference, or --reference=MODEL"
+        raise FileNotFoundError(f"{r.root}/reference is not trained yet: {remedy}")
+    return r.o.reference or r.root / "reference"
+
+
+def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> None:
+    """Say how much memory a stage will need, before anything is loaded. reference: its name, "" = none."""
+    o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
+    with torch.device("meta"):
+        start = o.init_from or r.root / "base"
+        model = Transformer(r.config) if stage == "base" else shape_of(start, tokens)[0]
+    need = functools.partial(
+        memory, model, length=r.length, batch_size=o.batch_size, device=r.device, dtype=r.dtype,
+        packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
+        reference=shape_of(reference, tokens)[1] if reference else 0,
+        buffer=o.buffer if own else 0, window=o.window if own else 1,
+    )  # fmt: skip
+    report_memory(need, available(r.device), o.batch_size, o.accumulate, o.remat)
+
+
+def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
+    """The model that a stage starts from; and where it is a pretrained one in its own layout, all of that."""
+    o = r.o
+    if stage == "base":
+        return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
+    if not o.init_from:
+        return load(r.root / "base", r.device, torch.float32), None
+    loaded = zoo.load(o.init_from, r.device, torch.float32)
+    most = loaded.model.config.max_len
+    if r.length > most:
+        raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {o.init_from}")
+    own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
+    return loaded.model, None if own else loaded
+
+
+# ---- Batches
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # tokens, response (bool), positions of packed rows: each (B, T)
+Draw = Callable[[int, torch.Generator], Batch]  # rows, generator -> a batch on the host
+
+
+def batches(dataset, split: str, length: int) -> Draw:
+    """Random examples of a data.Dataset, packed or not; of a stream, random windows with nothing given."""
+    tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
+
+    def draw(rows: int, generator: torch.Generator) -> Batch:
+        if response is None:
+            at = torch.randint(len(tokens) - length + 1, (rows,), generator=generator).numpy()
+            x = tokens[at[:, None] + np.arange(length)]  # (B, T), one gather from the memory map
+            return torch.from_numpy(x.astype(np.int64)), torch.ones(rows, length, dtype=torch.bool), None
+        at = torch.randint(len(tokens), (rows,), generator=generator).numpy()
+        numbers = None if segments is None else torch.from_numpy(segments[at].astype(np.int64))
+        positions = None if numbers is None else document_positions(numbers)
+        return torch.from_numpy(tokens[at].astype(np.int64)), torch.from_numpy(response[at]), positions
+
+    return draw
+
+
+def split_rows(batch: Batch, rows: list[int]) -> list[Batch]:
+    """The batch in pieces of so many rows."""
+    return list(zip(*((None,) * len(rows) if x is None else x.split(rows) for x in batch)))
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device.
+
+    CUDA copies from pinned memory while it computes, and kernels are only queued: the next batch is drawn
+    while the device is busy with the last step. On a CPU a thread that reads ahead would hide nothing: the
+    gather takes 20 microseconds, below 0.1 % of a step (128 x 36, 16 x 256 and 1 x 8,192 tokens, one core of
+    an AMD EPYC).
+    """
+    pinned = (x if x is None or device.type != "cuda" else x.pin_memory() for x in batch)
+    return tuple(x if x is None else x.to(device, non_blocking=True) for x in pinned)
+
+
+def draw_t(tokens: Tensor, positions: Tensor | None, t_per: str, block_size: int,
+           generator: torch.Generator) -> Tensor:  # fmt: skip
+    """Noise levels (B, T): one per document, or per block. Raises ValueError for a model without blocks."""
+    if t_per == "block" and not block_size:
+        needs = "choose from document, block; block needs a block-causal model (block_size > 0)"
+        raise ValueError(f"t_per={t_per!r}: {needs}")
+    if positions is None:  # a row is a document
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    return noise_levels(positions, block_size if t_per == "block" else 0, generator)
+
+
+# ---- The loop
+
+
+def learning_rate(o, step: int, steps: int) -> float:
+    """Of this step of so many: a linear rise over o.warmup of them, then a cosine to a tenth, or constant."""
+    warmup = max(1, round(o.warmup * steps))
+    if step < warmup:
+        return o.lr * (step + 1) / warmup
+    if o.schedule == "constant":
+        return o.lr
+    return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def generators(*seeds: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """The randomness of one step: a generator on the host for its batch, one on the device for its noise."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
+
+
+class Stop:
+    """Within it the first Ctrl-C or SIGTERM only sets `asked`: no step is cut in two. The next interrupts."""
+
+    def __enter__(self) -> "Stop":
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class State:
+    """What a resumed stage needs: weights, AdamW's moments, the moving average, trajectories under way.
+
+    All are of one step, and in one file, folder/state.safetensors, with the options that decide the weights.
+    """
+
+    def __init__(self, model: Transformer, o, trajectories: list[Trajectories]):
+        self.model, self.step, self.trajectories = model, 0, trajectories
+        by_dim = {n: p.dim() < 2 for n, p in model.named_parameters()}
+        self.names = sorted(by_dim, key=by_dim.get)  # matrices first, as AdamW counts
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = model.embedding.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
+        self.decay = o.ema
+        self.ema = {n: p.detach().clone() for n, p in model.named_parameters()} if o.ema else {}
+
+    def average(self) -> None:
+        """Move the average towards the weights of this step."""
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.lerp_(self.model.get_parameter(name), 1 - self.decay)
+
+    def finish(self) -> None:
+        """Give the model its moving average, if there is one."""
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                self.model.get_parameter(name).copy_(average)
+
+    def save(self, folder: Path, options: dict[str, str]) -> None:
+        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.model.named_parameters()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{key}.{self.names[index]}": value.contiguous() for key, value in values.items()}
+        tensors |= {f"ema.{n}": p for n, p in self.ema.items()}
+        for i, group in enumerate(self.trajectories):
+            tensors |= {f"trajectory{i}.{n}": v.contiguous() for n, v in group.state.items()}
+        meta = {"step": str(self.step), **options}
+        write_atomic(folder / "state.safetensors", lambda path: save_file(tensors, path, metadata=meta))
+
+    def restore(self, folder: Path, options: dict[str, str]) -> None:
+        """Raises ValueError if the options were others: going on would not give the same weights."""
+        path = folder / "state.safetensors"
+        with safe_open(path, "pt") as f:
+            saved = {RENAMED.get(k, k): v for k, v in f.metadata().items()}
+        changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
+        if changed:
+            remedy = "give the same ones, or --overwrite"
+            raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
+        self.step, tensors = int(saved["step"]), load_file(path)
+        kinds, moments = ("step", "exp_avg", "exp_avg_sq"), {}
+        if self.step:
+            moments = {i: {k: tensors[f"{k}.{n}"] for k in kinds} for i, n in enumerate(self.names)}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[f"weight.{name}"])
+            for name, average in self.ema.items():
+                average.copy_(tensors[f"ema.{name}"])
+        for i, group in enumerate(self.trajectories):
+            if f"trajectory{i}.segments" in tensors:  # of an earlier version
+                tensors[f"trajectory{i}.positions"] = document_positions(tensors[f"trajectory{i}.segments"])
+            group.state = {n: tensors[f"trajectory{i}.{n}"].to(v.device) for n, v in group.state.items()}
+
+
+class Log:
+    """log.jsonl of a stage. Its rates are those of the training itself: see paused()."""
+
+    def __init__(self, path: Path, step: int, tokens_per_step: int, flops_per_token: float, peak: float):
+        """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of full utilisation."""
+        self.path, self.first, self.tokens_per_step = path, step, tokens_per_step
+        self.flops_per_token, self.peak, self.begin = flops_per_token, peak, time.perf_counter()
+        self.total, self.count, self.shown = 0.0, 0, {}  # of the losses since the last entry; see write()
+        lines = path.read_text().splitlines(True) if step and path.is_file() else []
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        write_atomic(path, lambda temporary: temporary.write_text(kept))
+
+    def add(self, loss: Tensor) -> None:
+        self.total, self.count = self.total + loss, self.count + 1
+
+    def entry(self, o, step: int, rate: float) -> dict:
+        """Of the steps since the last one. Raises ValueError if their loss is no number."""
+        mean, self.total, self.count = float(self.total) / self.count, 0.0, 0
+        if not math.isfinite(mean):
+            remedy = f"lower --lr (now {o.lr}) or raise --warmup"
+            raise ValueError(f"the loss became {mean} at step {step}: {remedy}")
+        speed = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.begin)  # tokens/s
+        flops = speed * self.flops_per_token
+        return {
+            "step": step, "loss": round(mean, 5), "lr": rate, "tokens": step * self.tokens_per_step,
+            "tokens_per_second": round(speed), "tflops": round(flops / 1e12, 4),
+            "mfu": round(flops / self.peak, 4),
+        }  # fmt: skip
+
+    @contextmanager
+    def paused(self):
+        """What happens within does not count as training time."""
+        paused = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - paused
+
+    def write(self, entry: dict) -> dict[str, str]:
+        """Append the entry; returns what a progress bar shows of it, and of the last validation."""
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        if "val_loss" in entry:
+            self.shown["val"] = f"{entry['val_loss']:g}"
+        if "val_accuracy" in entry:
+            self.shown["acc"] = f"{entry['val_accuracy']:.1%}@{entry['val_nfe']:.0f}"
+        speed, share = f"{entry['tokens_per_second']:,}", f"{entry['mfu']:.0%}"
+        return {"loss": f"{entry['loss']:.3f}", "tok_s": speed, "mfu": share} | self.shown
+
+    def last(self) -> dict:
+        """The newest entry, {} if there is none."""
+        lines = self.path.read_text().splitlines()
+        return json.loads(lines[-1]) if lines else {}
+
+
+def validate(model: Transformer, draw: Draw, context: Context | None, device: torch.device,
+             dtype: torch.dtype, length: int, rows: int) -> float:  # fmt: skip
+    """The 1/t-weighted bound in nats per response token, always on the same canvases, noise levels and masks.
+
+    1,024 canvases, fewer if they are long. A forward takes `rows` of them, or 16,384 tokens if that is more.
+    """
+    total, repeats, drawn = 0.0, 4, max(4, min(256, (1 << 16) // length))
+    with torch.no_grad(), autocast(device, dtype):
+        for i in range(repeats):
+            generator, noise = torch.Generator().manual_seed(i), torch.Generator(device).manual_seed(i)
+            tokens, response, positions = draw(drawn, generator)
+            t = draw_t(tokens, positions, "document", 0, generator)
+            count = maskable(model.config, response, positions).sum(1)  # (B,)
+            for k in torch.arange(drawn).split(max(rows, (1 << 14) // length)):
+                some = (x if x is None else x[k].to(device) for x in (tokens, response, positions))
+                t_k = t[k].to(device)
+                loss = diffusion_loss(model, *some, context=context, t=t_k, generator=noise).item()
+                total += loss * (count[k].sum() / count.sum()).item()
+    return total / repeats
+
+
+def has_answers(dataset, split: str) -> bool:
+    """Whether answers to this split can be checked: a packed row is no canvas of one task."""
+    return dataset.check is not None and dataset.segments(split) is None
+
+
+def accuracy(model: Transformer, dataset, items: int, sampler: Sampler,
+             dtype: torch.dtype) -> dict[str, float]:  # fmt: skip
+    """On the first so many validation canvases, as log entries; {} where there are no answers."""
+    if not items or not has_answers(dataset, "val"):
+        return {}
+    setting = Setting("", model, None, sampler, Residual())
+    (row,) = evaluate([setting], dataset, "val", items, items, dtype)
+    return {"val_accuracy": row["accuracy"], "val_nfe": row["nfe"]}
+
+
+# ---- Ends
+
+
+def record(stage: str, recipe: str, r: Run, origin: zoo.Loaded | None) -> dict:
+    """train.json: how a stage was made, and how its model is sampled."""
+    reference = (r.o.reference or "../reference") if stage == "target" else None
+    return {
+        "stage": stage, "recipe": recipe, "command": command(), "seed": r.o.seed, "data": r.dataset.name,
+        "data_command": r.dataset.meta["command"], "length": r.length,
+        "template": origin and origin.template, "reference": reference, "residual": asdict(r.residual),
+        "sampler": {"rule": "threshold", "threshold": 0.95},
+        "options": asdict(r.o) | asdict(r.shape) | asdict(r.residual),
+        "device": str(r.device), "dtype": str(r.dtype)[6:], "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def save_stage(model: Transformer, origin: zoo.Loaded | None, folder: Path, meta: dict) -> None:
+    """The trained model and train.json, which marks the end of a stage.
+
+    origin: see start_of(). The model is saved in its layout: what reads the original reads the conversion.
+    """
+    if origin is None:
+        save(model, folder)
+        text = json.dumps(meta, indent=1) + "\n"
+        write_atomic(folder / "train.json", lambda path: path.write_text(text))
+    else:
+        defaults = origin.defaults | {"carry": "residual" if meta["stage"] == "target" else "none"}
+        zoo.save(origin._replace(model=model, defaults=defaults, meta=meta), folder)
+    (folder / "state.safetensors").unlink(missing_ok=True)
+
+
+def final_table(r: Run) -> None:
+    """Print and save SeqD beside RCD, over budgets and thresholds, on the first test canvases."""
+    o, root, dataset, device = r.o, r.root, r.dataset, r.device
+    stage_1 = str(root / "reference") if (root / "reference" / "train.json").is_file() else ""
+    target = zoo.load(root / "target", device).model
+    names = (stage_1 or o.reference, o.reference or stage_1)
+    seqd, reference = (zoo.load(name, device).model if name else None for name in names)
+    seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
+    warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
+    start = "self" if o.recipe == "trajectory" else "cold"  # a second start, which a trajectory has learned
+    tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
+    length = dataset.meta["length"]
+    settings = sweep(seqd, target, warm, Decoding(start=start), r.residual, tokens,
+                     thresholds=[0.5, 0.7, 0.85, 0.95, 0.99],
+                     blocks=-(-length // (target.config.block_size or length)))  # fmt: skip
+    rows = evaluate(settings, dataset, "test", o.test_items, o.batch_size, r.dtype, o.seed)
+    text = json.dumps({"command": command(), "seed": o.seed, "rows": rows}) + "\n"
+    write_atomic(root / "table.json", lambda path: path.write_text(text))
+    print(table(rows))
