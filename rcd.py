@@ -105,7 +105,7 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (n, W, G, K); return all keys and values of these rows, each (n, stop, G, K)."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[self.rows[:, None], self.positions] = new.to(store.dtype)
+            store[self.rows[:, None], self.positions] = new.to(store.dtype)  # the only write
         rows = slice(None) if len(self.rows) == self.k.shape[1] else self.rows  # no copy if it is all of them
         return self.k[layer][rows][:, : self.stop], self.v[layer][rows][:, : self.stop]
 
@@ -279,12 +279,12 @@ class Residual:
         the gradient through Delta. Alpha passes no gradient: the entropy's is infinite at p = 0."""
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:
             alpha, p = by_rows(lambda z: self.alpha_and_p(z, dtype), tile(logits), logits)
-            return alpha, padded(lambda p: p @ E, p).to(E.dtype)  # Eq. 1
+            return alpha, padded(lambda p: p @ E, p).to(E.dtype)  # Eq. 1: p·E, soft embeddings (n, D)
         with torch.set_grad_enabled(grad):
             dtype = F.linear(E[:0], E[:0]).dtype  # what a product with E gives, also under autocast
             return by_rows(chunk, CHUNK // logits.shape[1], logits)
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """logits (n, V) -> alpha (n,) and the p (n, V) of Eq. 1, in dtype. T_res does not temper that p."""
+        """logits (n, V) -> alpha (n,), tempered by T_res, and the p (n, V) of Eq. 1, untempered, in dtype."""
         z, p = softmax(logits, self.t_res)
         alpha = WEIGHTS[self.weight](z, p, self).detach()
         return alpha, (p if self.t_res == 1 else softmax(logits)[1]).to(dtype)
@@ -318,8 +318,8 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
     return context
 
 def earlier_context(residual: Residual) -> Context:
-    """Stage 2 on its own trajectory (not in the paper): as in sampling, the target's own residual on an
-    earlier canvas with more masks. That canvas is read without a residual."""
+    """Stage 2 on its own trajectory (not in the paper; step by step: Trajectories, zoo/recipes.py): as in
+    sampling, the target's own residual on an earlier canvas with more masks, read without a residual."""
     def context(target: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         t = n.t + (1 - n.t) * n.uniform[:, :1]  # between t and 1
         x, _ = mask_tokens(n.tokens, n.response, t, n.noise, target.config.mask_id)
@@ -360,7 +360,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
         e = mix(e, cells, alpha, delta, model.embedding[model.config.mask_id])
     hidden = model.predicting(denoiser_hidden(model, e, tokens, positions), cells)  # (N, D)
     (nll,) = token_losses(model, hidden, tokens[cells])  # (N,)
-    return (1 / t.expand_as(noise)[cells] * nll).sum() / response.sum()
+    return (1 / t.expand_as(tokens)[cells] * nll).sum() / response.sum()  # each mask weighs 1/t
 
 def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Callable = lambda logits: ()):
     """-log p(target) (N,) of hidden (N, D), targets (N,), and what also(logits (n, V)) gives. One chunk of
@@ -381,7 +381,7 @@ class Candidates(NamedTuple):
     row: Tensor  # (N,)
     column: Tensor  # (N,)
     confidence: Tensor  # (N,) untempered probability of the drawn token
-    quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, rounded up
+    quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, up; or 1
     logits: Tensor | None  # (N, V)
     generator: Generator | None
     def rank(self, score: Tensor) -> Tensor:
@@ -410,8 +410,8 @@ RULES: dict[str, Callable[[Candidates, "Sampler"], Tensor]] = {"static": static,
 class Sampler:
     """How a canvas is denoised. zoo/decoding.py has more."""
     rule: str = "static"  # what to commit: static (the most confident, on a step budget) | threshold
-    steps: int = 0  # forward passes for a whole response, shared out over its blocks; 0 = one token a step
-    threshold: float = 0.85  # rule=threshold: commit every confidence above it, and at least the best
+    steps: int = 0  # steps for a response, shared out over its blocks; 0 = one token a step
+    threshold: float = 0.85  # rule=threshold: commit every confidence above it, and at least the quota
     block_size: int = 0  # decode block by block; 0 = the model's own block, or the whole canvas
     carry: str = "residual"  # residual (RCD) | none (SeqD, the control: nothing is carried)
     start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's: one more pass)
@@ -455,11 +455,11 @@ class Reader:
         self.cache = KVCache(c, *tokens.shape, head.device, head.dtype) if cached else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """The positions [oldest, stop) to read in rows (n,), whose blocks are [begin, end): (n,) each. With a
-        cache: from the block that was read last, whose keys hold masks, to the end of this one."""
+        cache: from the block read last, whose stored keys still hold masks, to the end of this one."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
-        self.last_begin[rows] = begin
+        self.last_begin[rows] = begin  # its keys hold masks until the next block's first forward
         return oldest, end
     def frame(self, begin: Tensor, end: Tensor, cells: Tensor):
         """What a forward reads: rows (n,), which of them a cell is in (N,), their windows, width, keys."""
@@ -509,7 +509,7 @@ def plan(c: Config, canvas: Tensor, lengths: Tensor, s: Sampler) -> tuple[Tensor
     check(not (c.logit_shift and fill[:, 0].any()), "logit_shift: the first token of a canvas must be given")
     b = s.block_size or c.block_size or T
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) the first mask
-    first = first if s.block_size and not c.block_size else first // b * b  # LLaDA's blocks begin there
+    first = first if s.block_size and not c.block_size else first // b * b  # LLaDA: blocks begin at it
     turn, per_block = s.turns(column - first[:, None], b, c)
     turn = turn.masked_fill(~fill, -1)  # (B, T)
     turns = torch.arange(int(turn.max()) + 1)
@@ -557,7 +557,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
         for start_read in start_readers if len(cells) else []:  # warm start
             nfe[cells[:, 0].unique()] += start_read.passes
             alpha, delta = residual(start_read(*block, cells, alpha, delta), E)
-        while len(cells):
+        while len(cells):  # the denoising loop: read, predict, commit, carry on
             nfe[cells[:, 0].unique()] += read.passes
             logits = read(*block, cells, alpha, delta)  # (N, V): Eq. 2, then a forward pass
             token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
@@ -567,7 +567,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)
             cells, left, steps_left = cells[~commit], (~commit).nonzero()[:, 0].to(E.device), steps_left - 1
-            carried = torch.zeros(shape, device=E.device)
+            carried = torch.zeros(shape, device=E.device)  # alpha, only for the record
             if s.carry == "residual" and len(cells):
                 alpha, delta = residual(logits[left], E)  # Eq. 3 and 1, for the masks that are left
                 carried = on_canvas(cells, alpha)

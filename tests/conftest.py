@@ -1,6 +1,11 @@
 """What the tests share: a tiny random model, one thread, and hypothesis examples that are always the same."""
 
 import math
+import os
+
+# Tensors this small only lose by threads, and threads that wait for a busy core lose minutes. Processes that
+# a test starts read it from the environment.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -8,7 +13,6 @@ import torch
 
 import rcd
 
-# Tensors this small only lose by threads, and threads that wait for a busy core lose minutes.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")

@@ -142,7 +142,7 @@ FULL_SIZE = {
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size(tmp_path, name):
-    """`pytest -m full_size -s -k SDAR`: random bfloat16 weights in the real shapes, then a sampled block.
+    """`pytest -m full_size -n 0 -s -k SDAR`: random bfloat16 weights in real shapes, then a block.
 
     SDAR takes 4 GB on disk and in memory, LLaDA 16 GB. Peak memory is within 5 % of the weights.
     """

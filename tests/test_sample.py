@@ -3,6 +3,7 @@
 A mistake is one line. The models are tiny and random.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 import rcd
 import sample
+import train
 from rcd import Residual, Sampler, denoise
 from zoo import files
 from zoo import tokenizer as tokenizers
@@ -598,6 +600,8 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--eval=bad3.txt"], "bad3.txt, line 1"),
     (["--eval=bad4.txt"], "character 'x'"),
     (["--reference=stream", f"--prompt={PUZZLE}", "--start=warm"], "another tokenizer"),
+    (["--rule=entropy"], "rule='entropy': choose from"),  # the name of an earlier version
+    (["--think=2"], "unrecognized arguments: --think=2"),  # likewise
 ])  # fmt: skip
 def test_a_mistake_is_one_line(cli, runs, options, says):
     first = "1_3_ 1234\n"
@@ -632,3 +636,73 @@ def test_the_shipped_checkpoint(cli):
     code, out, _ = cli("--steps=8")
     numbers = r"\d+ tokens, 8 NFE, [\d.]+ tokens/step, [\d,]+ tokens/s, [01]/1 right"
     assert code == 0 and re.fullmatch(numbers, out.splitlines()[-1])
+
+
+# ---- Defaults and runs of earlier versions
+
+
+@pytest.fixture
+def settings_of(cli, runs, monkeypatch):
+    """settings_of(train.json, *options, code=0) -> the Setting that sample.py takes for such a run."""
+
+    def call(meta: dict, *typed: str, code: int = 0) -> evaluate.Setting | None:
+        seen = []
+        save_run(runs[0] / "out/own", DIGITS, meta, 7)
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "watch", lambda o, settings, *rest: seen.extend(settings))
+            told = cli("--model=own", *typed)
+        assert told[0] == code
+        sys.stderr.write(told[2])
+        return seen[0] if seen else None
+
+    return call
+
+
+def test_a_base_was_not_trained_to_read_residuals(settings_of):
+    setting = settings_of({"stage": "base"}, "--steps=2")
+    assert setting.label == "SeqD" and setting.sampler == Decoding(steps=2, carry="none")
+
+
+def test_runs_of_earlier_versions_load(settings_of, capsys):
+    """train.json with the names that options had: `terms` is residual_top_k, `pool` was read in training.
+    `certainty` and `think` were never written; they are not read. A rule of another name is one line."""
+    residual = {"weight": "fixed", "fixed": 0.5, "t_res": 1.0, "temper_delta": False, "terms": 3}
+    meta = {"stage": "target", "residual": residual, "options": {"pool": 8, "given": 0.0, **residual}}
+    sampler = {"rule": "threshold", "threshold": 0.9}
+    for extra in ({}, {"certainty": "confidence", "think": 1}):
+        setting = settings_of(meta | {"sampler": sampler | extra})
+        assert setting.residual == Carry("fixed", 0.5, residual_top_k=3)
+        assert setting.sampler == Decoding(**sampler)
+    capsys.readouterr()
+    assert settings_of(meta | {"sampler": {"rule": "entropy"}}, code=2) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rule='entropy': choose from ") and "entropy-bounded" in line
+
+
+@pytest.mark.parametrize("rule, on_a_budget", [
+    ("static", "static"), ("margin", "margin"), ("threshold", "static"), ("entropy-bounded", "static"),
+])  # fmt: skip
+def test_a_sweep_over_budgets_keeps_a_rule_that_has_one(tiny, rule, on_a_budget):
+    settings = evaluate.sweep(None, tiny(), None, Decoding(rule=rule), Carry(), 8, [1, 2], [0.5])
+    assert [(s.sampler.rule, s.sampler.steps) for s in settings] == [
+        (on_a_budget, 1), (on_a_budget, 2), ("threshold", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, groups", [
+    (sample, (sample.Options, Decoding, Carry)), (train, (train.Train, train.Shape, Carry)),
+], ids=["sample", "train"])  # fmt: skip
+def test_help_explains_every_option(monkeypatch, capsys, script, groups):
+    """With the whole comment behind its field, in as many lines as that has, and its default."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.rstrip().splitlines()[-1] in out
+    for group in groups:
+        for field in dataclasses.fields(group):
+            kind = f", --no-{field.name}" if field.type is bool else f" {field.type.__name__.upper()}"
+            (note,) = re.findall(rf"^  --{field.name}{kind}\s+(.+)$", out, re.M)
+            assert len(note.split()) > 1 and not note.endswith((",", ";", "|"))
+            assert field.default in ("", None) or note.endswith(f" [{field.default}]")

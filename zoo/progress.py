@@ -11,7 +11,7 @@ import time
 
 from tqdm import tqdm
 
-PARTS, SECONDS = 20, 30.0  # lines in a whole job, and the longest time between two of them
+LINES, SECONDS = 20, 30.0  # lines in a whole job, and the longest time between two of them
 
 
 def progress(total: int | None, desc: str, unit: str = "", *, initial: int = 0, leave: bool = True,
@@ -37,18 +37,18 @@ class Lines(tqdm):
 
     def __init__(self, *args, **options):  # tqdm's; huggingface_hub chooses some
         self.begun = self.printed_at = time.monotonic()
-        self.part, self.first, self.spoke = -1, options.get("initial") or 0, False
+        self.line, self.first, self.spoke = -1, options.get("initial") or 0, False
         super().__init__(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Called by tqdm whenever it would draw the bar anew: print a line if one is due."""
-        now, part = time.monotonic(), int(PARTS * self.n / self.total) if self.total else 0
-        if self.part < 0:  # the bar has just been made
-            self.part = part
+        now, line = time.monotonic(), int(LINES * self.n / self.total) if self.total else 0
+        if self.line < 0:  # the bar has just been made
+            self.line = line
         elif self.n != self.total:  # the last line is close()'s
             waited = now - self.printed_at
-            if waited >= SECONDS or part > self.part and waited >= 1:
-                self.part = part
+            if waited >= SECONDS or line > self.line and waited >= 1:
+                self.line = line
                 self.print(now)
 
     def print(self, now: float, last: bool = False) -> None:
