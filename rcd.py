@@ -381,7 +381,7 @@ class Candidates(NamedTuple):
     row: Tensor  # (N,)
     column: Tensor  # (N,)
     confidence: Tensor  # (N,) untempered probability of the drawn token
-    quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, up; or 1
+    quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, rounded up
     logits: Tensor | None  # (N, V)
     generator: Generator | None
     def rank(self, score: Tensor) -> Tensor:
@@ -444,9 +444,9 @@ def predict(logits: Tensor, s: Sampler, generator: Generator | None) -> tuple[Te
     return by_rows(rows, tile(logits), logits)
 
 class Reader:
-    """Reads the canvas with one model: logits at masked cells. A block-causal model keeps an exact KV cache.
-    tokens (B, T) is the canvas, which the sampler fills in place; b is the block length. Positions, rows and
-    lengths (B,) lie on the host."""
+    """Reads the canvas with one model: logits at masked cells. A block-causal model keeps an exact KV cache;
+    cached: any model keeps one (zoo/fastdllm.py: approximate). tokens (B, T) is the canvas, which the sampler
+    fills in place; b is the block length. Positions, rows and lengths (B,) lie on the host."""
     passes = 1  # forward passes of a call
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, cached: bool = False):
         self.model, self.tokens, self.lengths, self.b, c = model, tokens, lengths, b, model.config
@@ -562,7 +562,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             logits = read(*block, cells, alpha, delta)  # (N, V): Eq. 2, then a forward pass
             token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
             masks = cells[:, 0].bincount(minlength=len(nfe))  # (B,) still masked
-            quota = -(-masks // steps_left.clamp(min=1)) if s.steps else torch.ones_like(masks)
+            quota = -(-masks // steps_left.clamp(min=1))  # rounded up
             commit = RULES[s.rule](Candidates(*cells.unbind(1), confidence, quota, logits, generator), s)
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)

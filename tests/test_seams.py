@@ -3,7 +3,10 @@
 Each example stands between a line `# example` and a line `# end`, to be copied as it is.
 """
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 import rcd
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 MASK = 11  # of the tiny models
 CANVAS = torch.tensor([[3, 1, 4] + [MASK] * 9])
 
@@ -123,8 +127,18 @@ def test_a_reader(tiny):
     torch.testing.assert_close([s.confidence for s in twice], [s.confidence for s in plain])
 
 
+def test_the_readme_solves_a_sudoku_in_ten_lines(tmp_path):
+    (code,) = re.findall(r"## From Python\n\n```python\n(.+?)```", README.read_text(), flags=re.DOTALL)
+    assert len(code.splitlines()) <= 12
+    env = {**os.environ, "PYTHONPATH": str(README.parent)}  # elsewhere, there is no out/
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert [nfe for nfe, _ in lines] == [str(k) for k in range(1, 9)], run.stderr
+    assert lines[0][1].count("<mask>") == 22 and lines[-1][1] == "134562562341216453345126651234423615"
+
+
 def test_the_readme_shows_these_examples():
-    here, readme = (Path(path).read_text() for path in (__file__, Path(__file__).parents[1] / "README.md"))
+    here, readme = Path(__file__).read_text(), README.read_text()
     examples = re.findall(r"    # example\n(.+?)    # end\n", here, flags=re.DOTALL)
     assert len(examples) == 4
     for example in examples:

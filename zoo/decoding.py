@@ -184,6 +184,9 @@ class Carry(Residual):
             return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")  # (N,), (N, D)
 
 
+RENAMED = {"pool": "buffer", "terms": "residual_top_k"}  # options by their names in earlier versions
+
+
 def carry_options(values: dict) -> dict:
     """Residual options of a train.json: the names of earlier versions become today's."""
-    return {{"terms": "residual_top_k"}.get(name, name): value for name, value in values.items()}
+    return {RENAMED.get(name, name): value for name, value in values.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 import zoo
 from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
 from zoo import tokenizer
-from zoo.decoding import Decoding
+from zoo.decoding import RENAMED, Decoding
 from zoo.files import load, save, write_atomic
 from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
 from zoo.tools.budget import available, memory, report_memory, shape_of
@@ -37,7 +37,6 @@ from zoo.tools.evaluate import Setting, evaluate, sweep, table
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
-RENAMED = {"pool": "buffer", "terms": "residual_top_k"}  # options by their names in earlier versions
 
 
 def command(resume: bool = False) -> str:
