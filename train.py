@@ -85,7 +85,7 @@ class Train:
     weight_decay: float = 0.01  # of matrices; norms and biases are not decayed
     beta2: float = 0.98  # AdamW
     clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-    ema: float = 0.0  # save a moving average of the weights with this decay; 0 = save the last weights
+    ema: float = 0.99  # save a moving average of the weights with this decay; 0 = save the last weights
     eval_every: int = 0  # steps between validations
     eval_items: int = 128  # validation canvases for the accuracy during training
     test_items: int = 500  # test canvases of the table, 16 where 64 tokens or more are to fill; 0 = no table

@@ -131,7 +131,7 @@ def same_up_to_names(grid):
 
 @pytest.mark.parametrize("name,argv,n,boxes,shown", [
     ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3),
-    ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 10), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
+    ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 9), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
     ("sudoku9", (), 9, (3, 3), 32)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}

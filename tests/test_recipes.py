@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from zoo import recipes
 from zoo.decoding import Carry
 from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels, sometimes_absent
 from zoo.tokenizer import CharTokenizer
-from zoo.tools.training import draw_t
+from zoo.tools.training import State, draw_t
 
 MASK = 11  # of the tiny models
 
@@ -291,3 +292,27 @@ def test_the_recipe_that_is_not_named(tmp_path):
         ({"reference": "x"}, short, paper, 500), ({"recipe": "paper"}, long, paper, 16),
     ):  # fmt: skip
         assert train.implied(typed, dataset) == {**expected, "test_items": test_items}
+
+
+# ---- The moving average of the weights
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.5, 0.0])
+def test_the_saved_weights_are_a_weighted_mean_of_the_weights_of_every_step(decay):
+    """By hand: w_0 ... w_n in the proportions that decays min(decay, (1 + i) / (10 + i)) leave to each."""
+    model = init_weights(Transformer(Config(vocab_size=12, mask_id=MASK, n_layer=1)), seeded(0))
+    options = SimpleNamespace(lr=1e-3, beta2=0.98, weight_decay=0.0, ema=decay)
+    state, seen, weight = State(model, options, []), [], [1.0]
+    seen.append(model.embedding.detach().clone())
+    for i in range(30):
+        with torch.no_grad():
+            model.embedding.normal_(generator=seeded(i + 1))
+        state.average()
+        state.step += 1
+        seen.append(model.embedding.detach().clone())
+        kept = min(decay, (1 + i) / (10 + i))
+        weight = [w * kept for w in weight] + [1 - kept]
+    state.finish()
+    assert sum(weight) == pytest.approx(1) and (decay == 0 or weight[0] < 1e-4)
+    expected = sum(w * x for w, x in zip(weight, seen)) if decay else seen[-1]
+    torch.testing.assert_close(model.embedding, expected)

@@ -89,8 +89,7 @@ class Trajectories:
         if len(empty):
             most = count(s["masked"], block).view(B, T).amax(1)[empty].clamp(min=2)  # of the largest block
             u, v, w = torch.rand(3, len(empty), generator=generator, device=device)
-            budget = (2 * (most / 2) ** v).round().long()  # log-uniform, from 2 steps to one token a step
-            s["left"][empty] = torch.where(u < 0.5, budget, most)
+            s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked, E = s["masked"], model.embedding
         cells = masked.nonzero(as_tuple=True)  # N cells

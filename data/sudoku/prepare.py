@@ -119,11 +119,11 @@ def check(filled: str, solution: str, given: str) -> bool:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--size", type=int, default=6, choices=BOX, help="cells per row")
-    parser.add_argument("--given", type=int, help="given cells (default: 10 of 36, 32 of 81)")
-    sizes(parser, train=50_000)
+    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81)")
+    sizes(parser, train=30_000)
     args = parser.parse_args(argv)
     n, fewest = args.size, {6: 9, 9: 24}[args.size]
-    given = {6: 10, 9: 32}[n] if args.given is None else args.given
+    given = {6: 9, 9: 32}[n] if args.given is None else args.given
     if not fewest <= given < n * n:
         least = f"{fewest} (fewer are too rare to find)"
         raise ValueError(f"--given goes from {least} to {n * n - 1} for --size {n}")

@@ -299,10 +299,11 @@ class State:
         self.ema = {n: p.detach().clone() for n, p in model.named_parameters()} if o.ema else {}
 
     def average(self) -> None:
-        """Move the average towards the weights of this step."""
+        """Move the average towards the weights of this step. The decay rises: early weights are forgotten."""
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.lerp_(self.model.get_parameter(name), 1 - self.decay)
+                average.lerp_(self.model.get_parameter(name), 1 - decay)
 
     def finish(self) -> None:
         """Give the model its moving average, if there is one."""
