@@ -132,7 +132,7 @@ def same_up_to_names(grid):
 @pytest.mark.parametrize("name,argv,n,boxes,shown", [
     ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3),
     ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 9), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
-    ("sudoku9", (), 9, (3, 3), 32)])  # fmt: skip
+    ("sudoku9", (), 9, (3, 3), 32), ("sudoku", ("--no_boxes",), 6, None, 12)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
     assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1
@@ -146,9 +146,10 @@ def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, 
     assert all(not classes[a] & classes[b] for a, b in itertools.combinations(data.SPLITS, 2))
 
 
-@pytest.mark.parametrize("name,n,boxes", [("sudoku", 6, (2, 3)), ("sudoku9", 9, (3, 3))])
-def test_sudoku_has_one_solution(made, name, n, boxes):
-    for solution, puzzle in canvases(made(name), "test"):
+@pytest.mark.parametrize("name,argv,n,boxes", [
+    ("sudoku", (), 6, (2, 3)), ("sudoku9", (), 9, (3, 3)), ("sudoku", ("--no_boxes",), 6, None)])  # fmt: skip
+def test_sudoku_has_one_solution(made, name, argv, n, boxes):
+    for solution, puzzle in canvases(made(name, *argv), "test"):
         assert list(itertools.islice(completions(puzzle, n, lines(n, boxes)), 2)) == [solution]
 
 

@@ -8,8 +8,9 @@
     6 5 _ _ _ _     6 5 1 2 3 4
     _ _ _ _ 1 _     4 2 3 6 1 5
 
-The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. The canvas is the size*size cells in
-reading order, one token each, without separators; the vocabulary is the digits and <mask>. The model fills
+The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. --no_boxes leaves the boxes out: another
+puzzle, a Latin square with one solution (data/latin has squares with many). The canvas is the size*size cells
+in reading order, one token each, without separators; the vocabulary is the digits and <mask>. The model fills
 the empty cells, and its answer counts when it is the solution.
 
 Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
@@ -31,20 +32,22 @@ from zoo.tokenizer import CharTokenizer
 
 SOURCE = "generated"
 BOX = {6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
+GIVEN = {(6, True): (9, 9), (6, False): (11, 12), (9, True): (24, 32), (9, False): (30, 36)}  # fewest, usual
 COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
 
 
 class Rules:
     """Many boards at once: boards (B, n*n) uint16, each cell a bit set of the digits still possible."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, boxes: bool = True):
         cell, (height, width) = np.arange(n * n), BOX[n]
         row, column = cell // n, cell % n
         box = row // height * (n // width) + column // width
         self.n, self.full = n, (1 << n) - 1
-        self.units_of = np.stack((row, n + column, 2 * n + box))  # (3, n*n): the three units of a cell
-        units = [cell[(self.units_of == unit).any(0)] for unit in range(3 * n)]
-        self.units = np.stack(units)  # (3n, n): the cells of a unit
+        units_of = (row, n + column, 2 * n + box)[: 2 + boxes]
+        self.units_of = np.stack(units_of)  # (3, n*n), or (2, n*n) without boxes: the units of a cell
+        units = [cell[(self.units_of == unit).any(0)] for unit in range(len(units_of) * n)]
+        self.units = np.stack(units)  # (3n or 2n, n): the cells of a unit
 
     def propagate(self, boards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Follow forced moves to their end: a digit fixed in a unit leaves its other cells; a digit with
@@ -53,10 +56,10 @@ class Rules:
         while len(active):
             old = boards[active]
             fixed = np.where(COUNT[old] == 1, old, 0).astype(np.uint16)
-            taken = np.bitwise_or.reduce(fixed[:, self.units], 2)  # (b, 3n)
+            taken = np.bitwise_or.reduce(fixed[:, self.units], 2)  # (b, 3n or 2n)
             new = np.where(fixed > 0, fixed, old & ~np.bitwise_or.reduce(taken[:, self.units_of], 1))
             once, twice = np.zeros_like(taken), np.zeros_like(taken)
-            for place in self.units.T:  # (3n,): one cell of every unit
+            for place in self.units.T:  # (3n or 2n,): one cell of every unit
                 twice |= once & new[:, place]
                 once |= new[:, place]
             forced = new & np.bitwise_or.reduce((once & ~twice)[:, self.units_of], 1)
@@ -119,15 +122,17 @@ def check(filled: str, solution: str, given: str) -> bool:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--size", type=int, default=6, choices=BOX, help="cells per row")
-    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81)")
+    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81; more without boxes)")
+    parser.add_argument("--no_boxes", action="store_true", help="rows and columns are the only rules")
     sizes(parser, train=30_000)
     args = parser.parse_args(argv)
-    n, fewest = args.size, {6: 9, 9: 24}[args.size]
-    given = {6: 9, 9: 32}[n] if args.given is None else args.given
+    n, boxes = args.size, not args.no_boxes
+    fewest, usual = GIVEN[n, boxes]
+    given = usual if args.given is None else args.given
     if not fewest <= given < n * n:
         least = f"{fewest} (fewer are too rare to find)"
         raise ValueError(f"--given goes from {least} to {n * n - 1} for --size {n}")
-    rules, tokenizer = Rules(n), CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
+    rules, tokenizer = Rules(n, boxes), CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
 
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         while True:
@@ -136,7 +141,8 @@ def main(argv: list[str]) -> None:
             yield [relabelled(board) for board in tokens], tokens, empty
 
     write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE,
-                  licence="none needed", argv=argv, facts={"seed": args.seed, "size": n, "given": given})
+                  licence="none needed", argv=argv,
+                  facts={"seed": args.seed, "size": n, "given": given, "boxes": boxes})
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class Experiment:
     judge: str = ""  # text: the autoregressive run that judges what was written
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
+    prepare: str = ""  # its own data: options of data/sudoku/prepare.py, written to out/<folder>/data
 
 
 FROM_BASE = "--init_from={base}"
@@ -82,14 +83,19 @@ WARM = Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd
 SELF = Curve("RCD, self start", "rcd", {"start": "self"})
 BY_LETTER = {"rcd": TRAJECTORY, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the default recipe
 MORE = (3, 5, 7)
+TEN = "--given=10 --train=50000"  # an easier Sudoku
+MORE_COMPUTE = {"seqd-compute": f"{PLAIN['seqd']} --steps=770"}  # a step on trajectories is 5 % more compute
+HARD = [replace(SEQD, more=MORE), replace(RCD, more=MORE),
+        Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
+        replace(SELF, more=MORE)]  # fmt: skip
 
 
 def ablation(about: str, runs: dict[str, str], curves: list[Curve]) -> Experiment:
     """Sudoku with stages of half the length."""
     plain = {"base": "--stage=base", "seqd": f"--stage=reference --steps=350 {FROM_BASE}"}
     runs = plain | {name: f"{options} --steps=350" for name, options in runs.items()}
-    return Experiment(about, "--data=sudoku", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999),
-                      within=(4, 5, 6, 8), by_curve=True, folder="ablation")  # fmt: skip
+    return Experiment(about, "--ema=0", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999),
+                      within=(4, 5, 6, 8), by_curve=True, folder="ablation", prepare=TEN)  # fmt: skip
 
 
 WEIGHTS = {w: f"--weight={w}" for w in ("entropy", "confidence", "1-entropy", "1-confidence", "one", "top-1")}
@@ -112,35 +118,44 @@ def warm(label: str, run: str, residual: dict | None = None, reference: str = "s
 
 EXPERIMENTS = {
     "sudoku": Experiment(
+        "6x6 Sudoku, 9 given, 27 cells to fill, one solution; all of the canvas must be right",
+        "--data=sudoku", PLAIN | {"rcd": TRAJECTORY} | MORE_COMPUTE, HARD, (1, 2, 4, 6, 9, 13, 27),
+    ),
+    "squares": Experiment(
+        "6x6 Latin squares with one solution, 12 given, 24 cells to fill; all of the canvas must be right",
+        "", PLAIN | {"rcd": TRAJECTORY} | MORE_COMPUTE, HARD, (1, 2, 4, 6, 9, 13, 24), prepare="--no_boxes",
+    ),
+    "sudoku-10": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right",
-        "--data=sudoku",
+        "--ema=0",
         PLAIN | BY_LETTER | {"seqd-more": f"--stage=reference {FROM_BASE} --steps=1120"},
         [replace(SEQD, more=MORE), replace(RCD, more=MORE), COLD, WARM, SELF,
          Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=MORE)],
+        prepare=TEN,
     ),
     "long": Experiment(
-        "Sudoku with stages of three times the length (2,100 steps), from the same base",
-        "--data=sudoku",
+        "Sudoku, 10 given, with stages of three times the length (2,100 steps), from the same base",
+        "--ema=0",
         {"base": "--stage=base", "seqd-long": PLAIN["seqd"] + " --steps=2100",
          "rcd-long": TRAJECTORY + " --steps=2100"},
         [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=MORE),
          Curve("RCD, long", "rcd-long", more=MORE),
          Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=MORE)],
-        folder="sudoku",
+        folder="sudoku-10", prepare=TEN,
     ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts",
-        "--data=latin", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF], within=(6, 9, 13, 15, 20),
+        "--data=latin --ema=0", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF], within=(6, 9, 13, 15, 20),
     ),
     "sums": Experiment(
         "chain of thought: five running sums of six one-digit numbers; all of them must be right",
-        "--data=sums --batch_size=64", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
+        "--data=sums --batch_size=64 --ema=0", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
         steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
     ),
     "text": Experiment(
         "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 "
         "(writing, temperature 1)",
-        "--data=shakespeare_char --length=64 --batch_size=12",
+        "--data=shakespeare_char --length=64 --batch_size=12 --ema=0",
         {"base": "--stage=base --base_steps=2000",
          "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
          "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": TRAJECTORY + " --steps=1400",
@@ -196,7 +211,7 @@ EXPERIMENTS = {
     "block-causal": Experiment(
         "chain of thought with block-causal attention, blocks of four tokens (a Sudoku is no task for it: a "
         "block does not see what is given after it)",
-        "--data=sums --batch_size=64 --block_size=4", PLAIN | {"rcd": TRAJECTORY}, [SEQD, RCD, SELF],
+        "--data=sums --batch_size=64 --ema=0 --block_size=4", PLAIN | {"rcd": TRAJECTORY}, [SEQD, RCD, SELF],
         (4, 5, 8, 15), (0.7, 0.85, 0.95, 0.99), within=(4, 5, 6, 8, 15),
     ),
 }  # fmt: skip
@@ -226,6 +241,8 @@ class Cells:
     def __init__(self, name: str, seed: int):
         self.e, self.seed = EXPERIMENTS[name], seed
         self.name = self.e.folder or name
+        named = re.search(r"--data=(\S+)", self.e.options)
+        self.data = f"out/{self.name}/data" if self.e.prepare else named[1]
         self.device, self.dtype, _ = pick_device("", "")
         self.models = {}
 
@@ -242,7 +259,17 @@ class Cells:
         options = self.e.runs[run].format(**{r: self.folder(r) for r in self.e.runs})
         seed = [] if "--seed" in options else [f"--seed={self.seed}"]
         always = [f"--name={self.run(run)}", "--test_items=0", "--eval_items=0"]
-        return [*self.e.options.split(), *options.split(), *seed, *always]
+        own = [f"--data={self.data}"] if self.e.prepare else []
+        return [*own, *self.e.options.split(), *options.split(), *seed, *always]
+
+    def prepare(self) -> str:
+        """Make the experiment's own data set, if it has one and it is not there. -> the command, or ""."""
+        command = ["data/sudoku/prepare.py", *self.e.prepare.split(), f"--out={self.data}"]
+        if self.e.prepare and not (ROOT / self.data / "meta.json").is_file():
+            print(f"python {' '.join(command)}", flush=True)
+            if not succeeds([sys.executable, *command]):
+                raise ValueError("its data set was not prepared: see above")
+        return f"python {' '.join(command)}" if self.e.prepare else ""
 
     def train(self, run: str) -> None:
         if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
@@ -273,7 +300,7 @@ class Cells:
         made_of = json.loads(json.dumps([of_curve, self.e.steps, self.e.thresholds, self.e.items]))
         if path.is_file() and (stored := json.loads(path.read_text()))["made_of"] == made_of:
             return stored["rows"]
-        dataset, fitted = data.load(self.model(c.run).meta["data"]), {}
+        dataset, fitted = data.load(self.data), {}
         dataset = dataset if self.e.judge else SecondHalf(**vars(dataset))
         if c.fit:
             name, values = c.fit
@@ -471,6 +498,7 @@ def main() -> None:
     e, seeds, by_seed, commands = EXPERIMENTS[o.name], [int(s) for s in o.seeds.split(",")], [], []
     for seed in seeds:
         cells = Cells(o.name, seed)
+        commands += filter(None, [cells.prepare()])
         for name in e.runs:
             cells.train(name)
             commands.append("python train.py " + " ".join(cells.command(name)))
