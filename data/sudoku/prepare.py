@@ -122,7 +122,7 @@ def check(filled: str, solution: str, given: str) -> bool:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--size", type=int, default=6, choices=BOX, help="cells per row")
-    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81; more without boxes)")
+    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81; no boxes: more)")
     parser.add_argument("--no_boxes", action="store_true", help="rows and columns are the only rules")
     sizes(parser, train=30_000)
     args = parser.parse_args(argv)
