@@ -9,15 +9,15 @@ the next step reads.
     e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  input at masked positions; elsewhere E[x_i]
     alpha_i = H(p_i) / log V                            (Eq. 3)  normalised entropy: less sure, more residual
 
-Training (Algorithm 1, diffusion_loss) has two stages. A reference is fine-tuned with the plain masked loss
-and frozen. The target, from the same base, learns on e built from the reference's p (reference_context).
-Sampling (Algorithm 2, denoise) feeds the target its own p of the step before.
+Training (Algorithm 1, diffusion_loss). Stage 1: a reference is fine-tuned with the plain masked loss and
+frozen. Stage 2: the target, from the same base, learns on e built from the reference's p (reference_context).
+Sampling (Algorithm 2, denoise) feeds it its own p of the step before; train.py trains on that by default.
 
 Four things are made to be replaced: a weight (WEIGHTS: p -> alpha), a carry (Residual: logits -> what the
 next step reads), a commit rule (RULES: which cells to fix now) and a Reader (canvas -> logits).
 
-Shapes: B batch, T canvas length, b block length, D width, V vocabulary, H heads, G key-value heads, K head
-width, N masked cells, n rows of a chunk or batch. Head, softmax, entropy and p.E run on those N cells only.
+Shapes: B batch, T canvas, b block, D width, V vocabulary, H heads, G key-value heads, K head width, S keys,
+W positions read, N masked cells, n some of B or N. Head, softmax, entropy and p.E run on the N cells only.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ class Config:
     qk_norm: bool = True  # RMSNorm on each query and key head before the rotation (Qwen3, SDAR)
     qkv_bias: bool = False  # (Qwen2.5, Dream, Fast-dLLM v2)
     tied: bool = True  # the head shares the embedding table
-    logit_shift: bool = False  # row i - 1 predicts token i (Dream, Fast-dLLM v2: once autoregressive)
+    logit_shift: bool = False  # position i - 1 predicts token i (Dream, Fast-dLLM v2: once autoregressive)
 
     def __post_init__(self):
         self.eos_ids = tuple(self.eos_ids)  # JSON has no tuples
@@ -244,14 +244,14 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, positions: Te
         return model(x, at, mask)
     hidden = model(torch.cat([x, model.embed_tokens(tokens)], dim=1), at.repeat(1, 2), mask)  # (B, 2T, D)
     noisy, clean = hidden.split(T, dim=1)
-    if model.config.logit_shift:  # the row before a block's first token is a clean one, as it is in sampling
+    if model.config.logit_shift:  # a block's first token is predicted from a clean position, as in sampling
         noisy = torch.where(((at + 1) % b == 0)[..., None], clean, noisy)
     return noisy
 
 # ---- 4. The residual ---------------------------------------------------------------------------------------
 
 def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """logits (n, V) -> z = logits / temperature, finite in place of -inf, and p = softmax(z), in float32."""
+    """logits (n, V) -> z = logits / temperature, p = softmax(z), float32. z is finite: 0 * -inf is NaN."""
     z = (logits.float() if temperature == 1 else logits.float() / temperature).clamp(min=-1e30)
     return z, z.softmax(-1)
 
@@ -271,7 +271,7 @@ class Residual:
     """The carry of RCD: logits -> alpha and Delta, which the next step mixes into its masked inputs."""
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed
     fixed: float = 0.3  # alpha of weight=fixed
-    t_res: float = 1.0  # residual temperature: alpha is taken from softmax(logits / T_res)
+    t_res: float = 1.0  # residual temperature: alpha is of softmax(logits / T_res). Algorithm 1 has 1
     def __post_init__(self):
         check(self.weight in WEIGHTS, f"weight={self.weight!r}: choose from {', '.join(WEIGHTS)}")
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -305,7 +305,7 @@ class Noised(NamedTuple):
     noise: Tensor  # (B, T) uniform draws behind the mask
     x: Tensor  # (B, T) ids with masks
     cells: tuple[Tensor, Tensor]  # the N masked cells
-    uniform: Tensor  # (B, 2) two more draws for each row
+    uniform: Tensor  # (B, 2) draws: how much earlier, and (zoo/recipes.py) whether a residual is absent
 
 # Where stage 2 gets its residual: alpha (N,) and Delta (N, D) at the masked cells.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
@@ -318,8 +318,8 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
     return context
 
 def earlier_context(residual: Residual) -> Context:
-    """Stage 2 on its own trajectory (not in the paper; step by step: Trajectories, zoo/recipes.py): as in
-    sampling, the target's own residual on an earlier canvas with more masks, read without a residual."""
+    """Stage 2 without a reference (not in the paper): the residual is the target's own, as in sampling, from
+    one plain pass over an earlier canvas, with more masks. Trajectories (zoo/recipes.py) carry it further."""
     def context(target: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         t = n.t + (1 - n.t) * n.uniform[:, :1]  # between t and 1
         x, _ = mask_tokens(n.tokens, n.response, t, n.noise, target.config.mask_id)
@@ -396,7 +396,7 @@ class Candidates(NamedTuple):
         return self.rank(score) < self.quota[self.row]
 
 def static(c: Candidates, s: "Sampler") -> Tensor:
-    """Algorithm 2: the most confident cells of each row, as many as keep its budget of steps."""
+    """Algorithm 2, top-m: the most confident cells of each row, m (its quota) = masks / steps left."""
     return c.best(c.confidence)
 
 def threshold(c: Candidates, s: "Sampler") -> Tensor:
@@ -428,7 +428,7 @@ class Sampler:
         """The readers of the passes before a block's first commit. Each leaves a residual to the next."""
         return [Reader(reference, read.tokens, read.lengths, read.b)] if self.start == "warm" else []
     def turns(self, at: Tensor, b: int, c: Config) -> tuple[Tensor, int]:
-        """at (B, T): distance from the first block -> turn (B, T), turns per block. Here one turn a block."""
+        """at (B, T): offset from the first block -> turn (B, T), turns per block: 1; sub-blocks have more."""
         return at // b, 1
     def draw(self, z: Tensor, generator: Generator | None) -> Tensor:
         """Tokens (n,) drawn from softmax(z / temperature), z (n, V): argmax p / Exp(1) is such a draw."""
@@ -454,15 +454,15 @@ class Reader:
         cached, head = cached or c.block_size > 0, model.head
         self.cache = KVCache(c, *tokens.shape, head.device, head.dtype) if cached else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions [oldest, stop) to read in rows (n,), whose blocks are [begin, end): (n,) each. With a
-        cache: from the block read last, whose stored keys still hold masks, to the end of this one."""
+        """The positions [oldest, stop), (n,) each, that rows (n,) read now: all, or with a cache this block;
+        at its first step also the block before, whose stored keys are of masks. Call once a forward."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
         self.last_begin[rows] = begin  # its keys hold masks until the next block's first forward
         return oldest, end
     def frame(self, begin: Tensor, end: Tensor, cells: Tensor):
-        """What a forward reads: rows (n,), which of them a cell is in (N,), their windows, width, keys."""
+        """Rows (n,) with cells; index (N,), the place of each cell's row in them; oldest, stop (n,); W; S."""
         rows, index = cells[:, 0].unique(return_inverse=True)  # rows that are done are not read
         oldest, stop = self.window(rows, begin[rows], end[rows])
         keys = int(stop.max()) if self.model.config.block_size else self.tokens.shape[1]
@@ -472,15 +472,15 @@ class Reader:
         delta (N, D) are the residual of the cells; None = there is none."""
         model, device = self.model, self.model.head.device
         rows, index, oldest, stop, width, keys = self.frame(begin, end, cells)
-        positions = stop[:, None] - width + torch.arange(width)  # (n, W); what is left of oldest is padding
+        positions = stop[:, None] - width + torch.arange(width)  # (n, W) up to stop; before oldest is padding
         at = positions.clamp(min=0)
         x = model.embed_tokens(self.tokens[rows[:, None], at].to(device))  # (n, W, D)
         in_window = index.to(device), (cells[:, 1] - (stop[index] - width)).to(device)
         if alpha is not None:
             x = mix(x, in_window, alpha, delta, model.embedding[model.config.mask_id])  # Eq. 2
-        reach, mask = self.lengths[rows, None], None  # (n, 1): a query sees its row ...
+        reach, mask = self.lengths[rows, None], None  # (n, 1): a query sees the keys [0, reach): its row ...
         if model.config.block_size:
-            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)  # (n, W): ... to its block
+            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)  # (n, W): to its block's end
         if not bool((reach == keys).all()):
             mask = (torch.arange(keys, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
         if self.cache:
@@ -533,8 +533,8 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each commit.
 
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
-    change. Rows are independent. A row that drew an end token is done at the end of its block; what follows
-    becomes pad_id. Raises ValueError for a canvas that does not fit the model.
+    change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
+    what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model.
     """
     s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
     lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
@@ -569,9 +569,9 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             cells, left, steps_left = cells[~commit], (~commit).nonzero()[:, 0].to(E.device), steps_left - 1
             carried = torch.zeros(shape, device=E.device)  # alpha, only for the record
             if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[left], E)  # Eq. 3 and 1, for the masks that are left
+                alpha, delta = residual(logits[left], E)  # Eq. 3 and 1, only for what Eq. 2 will read
                 carried = on_canvas(cells, alpha)
-            if not len(cells) and c.eos_ids:  # the block is full: rows that drew an end token are done
+            if not len(cells) and c.eos_ids:  # the turn is full: rows that drew an end token are done
                 ended |= ((turn == j) & torch.isin(tokens, torch.tensor(c.eos_ids))).any(dim=1)
                 tokens[ended[:, None] & (turn > j)] = c.pad_id
             number = int(begin[0, j] - begin[0, 0]) // read.b  # a block may take several turns

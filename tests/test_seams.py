@@ -112,7 +112,7 @@ def test_a_reader(tiny):
         def __call__(self, *block):
             return (super().__call__(*block) + self.second(*block)) / 2
 
-    class TwoModels(rcd.Sampler):  # denoise(model, canvas, TwoModels())
+    class TwoModels(rcd.Sampler):  # denoise(model, canvas, TwoModels(carry="none")): a Delta is of one E
         reader = Mean
 
     # end
