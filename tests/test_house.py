@@ -50,6 +50,8 @@ GRAPH = {name: imported(nodes(name)) & {*MODULES} for name in MODULES}
 
 
 def floor(name: str) -> int:
+    if name.startswith("zoo.rivals") and name.endswith("__main__"):
+        return FLOORS.index("scripts")  # a command, as train.py is
     above = "zoo.tools" if name.startswith("zoo.tools") else name.split(".")[0]
     return FLOORS.index(above if above in FLOORS else "scripts")
 
