@@ -28,6 +28,7 @@ from data.latin import prepare as latin
 from data.math500 import prepare as math500
 from data.openmathinstruct2 import prepare as openmath
 from data.openr1_math import prepare as openr1
+from data.shakespeare_bpe import prepare as shakespeare_bpe
 from data.shakespeare_char import prepare as shakespeare
 from data.sudoku import prepare as sudoku
 from data.sums import prepare as sums
@@ -266,7 +267,7 @@ def test_impossible_requests_are_one_line_and_write_nothing(name, argv, words, t
 
 PACKED = [gsm8k, openmath, openr1]
 CHAT = [*PACKED, math500, aime]
-TASKS = [sums, latin, sudoku, shakespeare, *CHAT]
+TASKS = [sums, latin, sudoku, shakespeare, shakespeare_bpe, *CHAT]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__.split(".")[1])
@@ -289,7 +290,7 @@ def copy(dataset, folder):
 
 def test_load_unknown_name_lists_the_names():
     assert data.names() == sorted(task.__name__.split(".")[1] for task in TASKS)
-    with pytest.raises(ValueError, match="openr1_math, shakespeare_char, sudoku, sums"):
+    with pytest.raises(ValueError, match="openr1_math, shakespeare_bpe, shakespeare_char, sudoku, sums"):
         data.load("sudoko")
 
 
@@ -419,6 +420,18 @@ def test_shakespeare_splits_are_the_text(tmp_path):
     assert texts == [text[:3600], text[3600:], text[3600:]]
     assert dataset.meta["kind"] == "stream" and dataset.response("val") is None and dataset.check is None
     assert dataset.meta["vocab_size"] == 8 and dataset.mask_id == 7
+
+
+def test_shakespeare_in_subwords_is_the_text(tmp_path):
+    text, folder = "To be, or not to be: that is the question.\n" * 50, SHARED / "hub" / "JetLM--SDAR-4B-Chat"
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    for name, most in (("bytes", len(text)), (str(needed(folder)), len(text) / 2)):
+        shakespeare_bpe.main(["--source", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out"),
+                              "--tokenizer", name])  # fmt: skip
+        dataset, cut = data.load(tmp_path / "out"), int(0.9 * len(text))
+        assert [dataset.text(dataset.tokens(split)) for split in ("train", "val")] == [text[:cut], text[cut:]]
+        assert dataset.meta["kind"] == "stream" and dataset.meta["splits"]["train"] < most
+        assert dataset.meta["vocab_size"] <= 1024 and dataset.tokens("train").max() < dataset.mask_id
 
 
 def test_real_shakespeare(tmp_path):

@@ -312,6 +312,19 @@ def test_the_few_step_loss_is_kl_and_at_the_least_step_the_path_loss():
     assert least == {True, False} and theirs.grad is None and student.grad is not None
 
 
+@pytest.mark.parametrize("rule", fsdfm.TEACHERS)
+def test_a_batch_may_have_least_steps_only_or_none(rule):
+    """Batches of one row: the teacher reads an empty batch, or the path loss does."""
+    model, least = tiny_dit(step_aware=True), set()
+    for seed in range(12):
+        least.add(fsdfm.step_sizes(1, 0.0, seeded(seed))[0].item() < 1 / 512)
+        x_1 = torch.tensor([[0, 1, 3, 4]])
+        loss = fsdfm.few_step_loss(model, model, x_1, seeded(seed), rule=rule)
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert least == {True, False}
+
+
 # ---- Sampling
 
 

@@ -54,6 +54,11 @@ def path(c: DiTConfig, x_1: Tensor, t: Tensor, generator: Generator | None) -> T
     return torch.where(kept, x_1, source(c, x_1, generator))
 
 
+def movable(c: DiTConfig, x: Tensor) -> Tensor:
+    """Where x (B, T) may change, bool (B, T): everywhere, or if the source is made of masks, only they."""
+    return (x == c.mask_id) | (c.source == "uniform")
+
+
 def instantaneous(t: Tensor, h: Tensor) -> Tensor:
     """g(t) = kappa'(t) / (1 - kappa(t)), whatever the step is."""
     return 1 / (1 - t).clamp(min=1e-8)
@@ -81,12 +86,11 @@ def probabilities(logits: Tensor) -> Tensor:
 
 def jump(c: DiTConfig, logits: Tensor, x: Tensor, t: Tensor, h: Tensor, generator: Generator | None,
          rate: str = "cumulative") -> Tensor:  # fmt: skip
-    """x_{t+h} (B, T) from x = x_t (B, T), logits (B, T, V) and t, h (B,). From masks a token jumps once."""
+    """x_{t+h} (B, T) from x = x_t (B, T), logits (B, T, V) and t, h (B,)."""
     others = probabilities(logits).scatter(-1, x[..., None], 0)  # p without the current token
     leave = -torch.expm1(-(h * RATES[rate](t, h))[:, None] * others.sum(-1))  # (B, T)
     jumps = torch.rand(x.shape, generator=generator, device=x.device, dtype=leave.dtype) < leave
-    jumps &= (x == c.mask_id) | (c.source == "uniform")
-    return torch.where(jumps, draw(others, generator), x)
+    return torch.where(jumps & movable(c, x), draw(others, generator), x)
 
 
 # ---- 2. Losses ---------------------------------------------------------------------------------------------
@@ -164,10 +168,7 @@ def sample(model: Network, c: DiTConfig, canvas: Tensor, steps: int, generator: 
     x = torch.where(fill, source(c, canvas, generator), canvas)
     for s in range(steps):
         logits, t = model(x, s * h, h), s * h
-        if s < steps - 1:
-            new = jump(c, logits, x, t, h, generator, rate)
-        else:
-            drawn = draw(probabilities(logits), generator)
-            new = torch.where((x == c.mask_id) | (c.source == "uniform"), drawn, x)
-        x = torch.where(fill, new, x)
+        last = s == steps - 1
+        new = draw(probabilities(logits), generator) if last else jump(c, logits, x, t, h, generator, rate)
+        x = torch.where(fill & movable(c, x), new, x)
         yield x

@@ -77,7 +77,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
         shift, scale, gate, shift_2, scale_2, gate_2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, D)
-        heads = self.qkv(modulate(self.norm, x, shift, scale)).view(B, T, 3, self.heads, -1)
+        heads = self.qkv(modulate(self.norm, x, shift, scale)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + gate * self.out(y.transpose(1, 2).reshape(B, T, D))
@@ -119,12 +119,13 @@ class DiT(nn.Module):
 
 
 def init_weights(model: DiT, generator: torch.Generator) -> DiT:
-    """Matrices normal(0, 0.02), biases 0; what gates, modulates or predicts starts at zero (adaLN-zero)."""
+    """Matrices (m, n) normal(0, 1/sqrt(n)), biases 0; what modulates or predicts starts at zero (adaLN-zero).
+    With 0.02, as in large models, the small c would hardly feel t, and training starts slowly."""
     for name, p in model.named_parameters():
         if p.dim() < 2 or "modulation" in name or name in ("head.weight", "embed_h.out.weight"):
             nn.init.zeros_(p)
         else:
-            nn.init.normal_(p, std=0.02, generator=generator)
+            nn.init.normal_(p, std=p.shape[1] ** -0.5, generator=generator)
     return model
 
 
