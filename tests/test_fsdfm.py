@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import data
 from data.shakespeare_char import prepare
+from zoo.files import save as save_run
 from zoo.rivals import fsdfm
 from zoo.rivals.fsdfm import __main__ as command
 from zoo.rivals.fsdfm.dit import DiT, DiTConfig, init_weights, load, save, student_of
@@ -491,6 +493,24 @@ def test_train_resume_and_sample(text, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out.split("---- ")[1:]
     assert [s.partition("\n")[0] for s in shown] == ["1 steps"] * 2 + ["4 steps"] * 2
     assert all(s.partition("\n")[2].startswith("to be") and len(s.partition("\n")[2]) == 13 for s in shown)
+
+
+def test_the_table_of_a_judge(text, tmp_path, monkeypatch, tiny, capsys):
+    """Its lines: the real text, then every budget. A judge that is not autoregressive is refused."""
+    call(monkeypatch, tmp_path, *options(text), "--stage=dfm")
+    dataset = data.load(text)
+    for name, block_size in (("judge", 1), ("other", 0)):
+        judge = tiny(vocab_size=dataset.meta["vocab_size"], mask_id=dataset.mask_id, block_size=block_size)
+        save_run(judge, tmp_path / name)
+        dataset.tokenizer.save(tmp_path / name)
+    argv = ["sample", "--model=out/fsdfm/dfm", "--steps=1,3", "--count=5", "--device=cpu"]
+    capsys.readouterr()
+    call(monkeypatch, tmp_path, *argv, "--judge=judge")
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["steps", "perplexity", "entropy"] and [row[0] for row in rows] == ["real", "1", "3"]
+    assert all(float(row[1]) > 1 and 0 < float(row[2]) <= math.log2(12) for row in rows)
+    with pytest.raises(ValueError, match="not autoregressive"):
+        call(monkeypatch, tmp_path, *argv, "--judge=other")
 
 
 @pytest.mark.parametrize("argv,message", [

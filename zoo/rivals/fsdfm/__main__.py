@@ -18,6 +18,7 @@ Examples:
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,12 +102,13 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
     folder, first = Path("out") / o.name / stage, torch.Generator().manual_seed(o.seed)
     if stage == "few":
         o = replace(o, steps=o.few_steps, lr=o.few_lr)
+        training.check_tokens(dataset, str(folder.parent / "dfm"), "")
         model = student_of(load(folder.parent / "dfm", device), first)
     else:
         o, size = replace(o, ema=0.0), {k: v for k, v in asdict(shape).items() if k != "length"}
         model = init_weights(DiT(DiTConfig(dataset.meta["vocab_size"], dataset.mask_id, **size)), first)
     model, batch = model.to(device), training.batches(dataset, "train", length)
-    state, c, total = training.State(model, o, []), model.config, 0.0
+    state, recent, mean = training.State(model, o, []), [], 0.0
     frozen = training.frozen(asdict(o) | asdict(shape), dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.json").unlink(missing_ok=True)  # it marks the end of a stage
@@ -129,7 +131,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
                     loss = few_step_loss(model, teacher, x_1, noise, done, o.teacher, o.rate)
                 else:
                     t = 1 - sample_t(len(x_1), noise, device)[:, 0]  # (B,) in [0, 0.999]
-                    x = path(c, x_1, t, noise)
+                    x = path(model.config, x_1, t, noise)
                     loss = path_loss(model(x, t, torch.zeros_like(t)), x, x_1, t).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
@@ -137,11 +139,12 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
             state.optimizer.zero_grad(set_to_none=True)
             state.average()
             state.step += 1
-            total += loss.detach()
+            recent.append(loss.detach())
             bar.update()
-            if state.step % 50 == 0:
-                bar.set_postfix(loss=f"{float(total) / 50:.3f}")
-                total = 0.0
+            if state.step % 50 == 0 or state.step == o.steps:
+                mean, recent = float(torch.stack(recent).mean()), []
+                check(math.isfinite(mean), f"the loss became {mean} at step {state.step}: lower lr={o.lr}")
+                bar.set_postfix(loss=f"{mean:.3f}")
             if state.step % o.save_every == 0:
                 state.save(folder, frozen)
     if state.step < o.steps:
@@ -150,7 +153,8 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
         raise KeyboardInterrupt
     save(model, folder)
     dataset.tokenizer.save(folder)
-    meta = {"stage": stage, "data": dataset.name, "length": length, "options": asdict(o) | asdict(shape)}
+    meta = {"stage": stage, "data": o.data, "length": length, "step": state.step, "loss": round(mean, 5),
+            "options": asdict(o) | asdict(shape)}  # fmt: skip
     text = json.dumps(meta, indent=1) + "\n"
     write_atomic(folder / "train.json", lambda file: file.write_text(text))
     (folder / "state.safetensors").unlink(missing_ok=True)
