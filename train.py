@@ -68,6 +68,7 @@ class Train:
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
     resume: bool = False  # go on where an interrupted run stopped
     overwrite: bool = False  # train again over an existing run
+    force: bool = False  # go on even if the memory estimate is more than ten times what is free
     seed: int = 1337  # same seed, same machine: same weights to the bit
     device: str = ""  # cuda | mps | cpu; default: the best one found
     dtype: str = ""  # bfloat16 | float32, of matmuls (weights, gradients and AdamW stay float32); default:

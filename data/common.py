@@ -47,10 +47,11 @@ def options(doc: str, file: str) -> command.Parser:
 
 
 def sizes(parser: argparse.ArgumentParser, train: int, val: int = 1000, test: int = 1000) -> None:
-    """Options of a generated data set."""
+    """Options of a generated data set. Its examples are drawn in memory: ten millions are several GiB."""
     for split, count in zip(SPLITS, (train, val, test)):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"examples in {split}.npy")
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same files")
+        kind = command.whole(1, 10_000_000)
+        parser.add_argument(f"--{split}", type=kind, default=count, help=f"examples in {split}.npy")
+    parser.add_argument("--seed", type=command.whole(0), default=1337, help="same seed, same files")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -108,8 +109,6 @@ def collect(args: argparse.Namespace, draws: Callable[[np.random.Generator], Dra
     Examples with equal keys fall into the same split (`split_of`). Raises ValueError when the task has too
     few problems."""
     wanted = {split: getattr(args, split) for split in SPLITS}
-    if min(wanted.values()) < 1:
-        raise ValueError("--train, --val and --test must be at least 1")
     batches = draws(np.random.default_rng(args.seed))
     seen, rows, idle = set(), {split: [] for split in SPLITS}, 0
     with progress(sum(wanted.values()), "prepare", "examples") as bar:
@@ -135,15 +134,15 @@ def document_options(parser: argparse.ArgumentParser, length: int, *, pack: bool
                      explained: str = "tokens of a row; longer examples are dropped") -> None:  # fmt: skip
     """What `Documents` reads. pack=False: of a set that is for evaluation only."""
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=0,
+    parser.add_argument("--vocab_size", type=command.whole(0), default=0,
                         help="keep this many tokens of a BPE, in merge order; 0 = all")
-    parser.add_argument("--length", type=int, default=length, help=explained)
+    parser.add_argument("--length", type=command.whole(0, 1 << 20), default=length, help=explained)
     templates = f"{', '.join(TEMPLATES)}, or auto = that of the folder's model"
     parser.add_argument("--chat", default="", help=f"chat template: {templates}")
     if pack:
         parser.add_argument("--pack", action="store_true",
                             help="several whole documents in a row of train.npy and val.npy")
-        parser.add_argument("--block", type=int, default=1,
+        parser.add_argument("--block", type=command.whole(1), default=1,
                             help="with --pack: documents start at multiples of it, a model's block_size")
 
 
@@ -209,10 +208,8 @@ class Documents:
         self.chat, self.block = args.chat, getattr(args, "block", 1)
         self.packed = ("train", "val") if getattr(args, "pack", False) else ()  # test: one canvas for each
         self.folder = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
-        if args.length < 0:
-            raise ValueError("--length is a number of tokens, or 0 to choose")
         self.length = args.length or (256 if self.tokenizer.vocab_size > 1000 else 640)
-        if self.block < 1 or self.block > 1 and not self.packed:
+        if self.block > 1 and not self.packed:
             why = "the end token fills an unpacked row anyway"
             raise ValueError(f"--block, a number of tokens, goes with --pack: {why}")
         if self.packed and (self.length % self.block or self.length >= 1 << 16):

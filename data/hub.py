@@ -13,6 +13,7 @@ from pathlib import Path
 from data.answers import boxed
 from data.common import Documents, document_options, options, split_of, write_dataset
 from zoo.progress import download_bars, progress
+from zoo.tools.command import number, whole
 
 Columns = dict[str, tuple[str, ...]]  # our name of a column -> its spellings
 
@@ -24,8 +25,9 @@ def parser_of(doc: str, file: str, length: int, train: bool) -> argparse.Argumen
     parser.add_argument("--instruction", default="",
                         help=r"put behind every question, e.g. 'Put your final answer within \boxed{}.'")
     if train:
-        parser.add_argument("--samples", type=int, default=0, help="examples to take, the first; 0 = all")
-        parser.add_argument("--held", type=float, default=0.005,
+        parser.add_argument("--samples", type=whole(0), default=0,
+                            help="examples to take, the first; 0 = all")
+        parser.add_argument("--held", type=number, default=0.005,
                             help="share of the problems in val.npy, and again in test.npy")
         document_options(parser, length)
     else:

@@ -53,6 +53,7 @@ def floor(name: str) -> int:
     if name.startswith("zoo.rivals") and name.endswith("__main__"):
         return FLOORS.index("scripts")  # a command, as train.py is
     above = "zoo.tools" if name.startswith("zoo.tools") else name.split(".")[0]
+    above = "scripts" if name == "zoo.__main__" else above  # python -m zoo
     return FLOORS.index(above if above in FLOORS else "scripts")
 
 

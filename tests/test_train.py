@@ -575,7 +575,10 @@ def test_advice_when_memory_is_short(capsys):
 
 def test_a_run_that_will_not_fit_is_told_so_and_goes_on(run, capsys, monkeypatch):
     monkeypatch.setattr(training, "available", lambda device: 1 << 10)
-    run("--name=x", "--stage=base")
+    with pytest.raises(ValueError, match="is more than ten times the 0.0 MiB that are free: .* or --force"):
+        run("--name=x", "--stage=base")
+    capsys.readouterr()
+    run("--name=x", "--stage=base", "--force")
     told = capsys.readouterr()
     assert "WARNING: this will probably run out of memory" in told.err
     assert "memory: about " in told.out and load("out/x/base")
@@ -612,7 +615,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
 
 @pytest.mark.parametrize("options, words", [
     (["--stpes=3"], "unrecognized arguments: --stpes=3"),
-    (["--steps=many"], "invalid int value: 'many'"),
+    (["--steps=many"], "argument --steps: 'many' is no whole number"),
     (["--recipe=letter"], "recipe='letter': choose from trajectory, paper"),
     (["--stage=middle"], "stage='middle': choose from"),
     (["--preset=tpu"], "preset='tpu': choose from cpu, gpu"),

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import zoo
+from zoo.tools.command import Parser, run
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -116,16 +117,26 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder} has no tokenizer: the weights are complete, but the model cannot be used")
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line."""
+def answer(args: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises ValueError or OSError in one line."""
+    if args.command == "list":
+        show_list()
+    elif args.command == "info":
+        info(args.name)
+    elif args.command == "download":
+        from zoo.hub import download
 
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help tells more)\n")
+        print(download(args.name, args.revision))
+    elif Path(args.folder).is_dir() or args.folder in zoo.names():
+        check(zoo.find(args.folder))
+    else:
+        here = "no such model on this machine (download fetches one from the hub)"
+        raise FileNotFoundError(f"no folder {args.folder}, and {here}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. A mistake is one line on stderr and exit code 2."""
-    parser = Parser(prog="python -m zoo", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, prog="python -m zoo")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="models known by name, and those on this machine")
     commands.add_parser("info", help="what is known about a name").add_argument("name")
@@ -136,22 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     verify = commands.add_parser("check", help=about)
     verify.add_argument("folder")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "list":
-            show_list()
-        elif args.command == "info":
-            info(args.name)
-        elif args.command == "download":
-            from zoo.hub import download
-
-            print(download(args.name, args.revision))
-        elif Path(args.folder).is_dir() or args.folder in zoo.names():
-            check(zoo.find(args.folder))
-        else:
-            here = "no such model on this machine (download fetches one from the hub)"
-            raise FileNotFoundError(f"no folder {args.folder}, and {here}")
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run(lambda: answer(args))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 from data import answers
 from data.common import run
 from data.hub import parser_of, write_benchmark
+from zoo.tools.command import whole
 
 YEARS = {2024: ("HuggingFaceH4/aime_2024", ["data/train-*.parquet"]),  # its only split is called train
          2025: ("opencompass/AIME2025", ["aime2025-I.jsonl", "aime2025-II.jsonl"])}  # fmt: skip
@@ -26,7 +27,7 @@ check = answers.check
 
 def main(argv: list[str]) -> None:
     parser = parser_of(__doc__, __file__, 2048, train=False)
-    parser.add_argument("--year", type=int, choices=YEARS, default=2024, help="of the hub's files")
+    parser.add_argument("--year", type=whole(), choices=YEARS, default=2024, help="of the hub's files")
     args = parser.parse_args(argv)
     write_benchmark(args, argv, "aime", *YEARS[args.year], "as its source")
 

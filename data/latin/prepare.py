@@ -30,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.common import collect, options, run, sizes, write_dataset
 from zoo.tokenizer import CharTokenizer
+from zoo.tools.command import whole
 
 SOURCE = "generated"
 
@@ -96,15 +97,13 @@ def check(filled: str, solution: str, given: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--size", type=int, default=6, help="cells per row, 3 to 9")
-    parser.add_argument("--given", type=int, help="given cells (default: 10 of 36, in proportion)")
+    parser.add_argument("--size", type=whole(3, 9), default=6, help="cells per row, 3 to 9")
+    parser.add_argument("--given", type=whole(0), help="given cells (default: 10 of 36, in proportion)")
     sizes(parser, train=100_000)
     args = parser.parse_args(argv)
     n = args.size
-    if not 3 <= n <= 9:
-        raise ValueError("--size goes from 3 to 9")
     shown = n * n * 10 // 36 if args.given is None else args.given
-    if not 0 <= shown < n * n:
+    if shown >= n * n:
         raise ValueError(f"--given goes from 0 to {n * n - 1} for --size {n}")
     tokenizer = CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
 

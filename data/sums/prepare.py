@@ -20,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.common import collect, options, run, sizes, write_dataset
 from zoo.tokenizer import CharTokenizer
+from zoo.tools.command import whole
 
 SOURCE = "generated"
 TOKENIZER = CharTokenizer("0123456789+=,.", ["<eos>", "<mask>"])
@@ -38,13 +39,11 @@ def check(filled: str, solution: str, given: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--terms", type=int, default=6,
+    parser.add_argument("--terms", type=whole(2, 20), default=6,
                         help="numbers to add, 2 to 20: the chain has one step less")
-    parser.add_argument("--digits", type=int, default=1, help="digits of each number, 1 to 6")
+    parser.add_argument("--digits", type=whole(1, 6), default=1, help="digits of each number, 1 to 6")
     sizes(parser, train=100_000)
     args = parser.parse_args(argv)
-    if not (2 <= args.terms <= 20 and 1 <= args.digits <= 6):
-        raise ValueError("--terms goes from 2 to 20 and --digits from 1 to 6")
     low, high = 10 ** (args.digits - 1), 10**args.digits  # no leading zeros: all prompts are as long
     prompt_length, length = map(len, problem([high - 1] * args.terms))
     length += prompt_length

@@ -116,8 +116,11 @@ def available(device: torch.device) -> int:
 
 
 def report_memory(need: Callable[[int, bool], dict[str, int]], have: int, batch_size: int, accumulate: int,
-                  remat: bool) -> None:  # fmt: skip
-    """Print what need(rows, remat) says, see memory(). If it is more than `have`, warn and name a remedy."""
+                  remat: bool, force: bool = False) -> None:  # fmt: skip
+    """Print what need(rows, remat) says, see memory(). If it is more than `have`, warn and name a remedy.
+
+    Raises ValueError if it is more than ten times `have`, which no remedy mends; with force it only warns.
+    """
 
     def total(accumulate: int, remat: bool) -> int:
         return sum(need(-(-batch_size // accumulate), remat).values())
@@ -128,6 +131,9 @@ def report_memory(need: Callable[[int, bool], dict[str, int]], have: int, batch_
           f"{', '.join(f'{name} {size(n)}' for name, n in shown.items() if n)}")  # fmt: skip
     if not 0 < have < now:
         return
+    if now > 10 * have and not force:
+        much = f"{size(now)} is more than ten times the {size(have)} that are free"
+        raise ValueError(f"{much}: choose smaller sizes, or --force to go on")
     divisors = [k for k in range(accumulate, batch_size + 1) if not batch_size % k]
     ways = [(k, again) for k in divisors for again in sorted({remat, True})]
     found = next(((k, again) for k, again in ways if total(k, again) <= have), None)

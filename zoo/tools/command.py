@@ -12,8 +12,8 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,54 @@ class Parser(argparse.ArgumentParser):
     Text that follows a line "Examples:" in the docstring is shown behind the options.
     """
 
-    def __init__(self, doc: str, formatter: type = argparse.RawDescriptionHelpFormatter):
+    def __init__(self, doc: str = "", formatter: type = argparse.RawDescriptionHelpFormatter,
+                 prog: str | None = None):  # fmt: skip
         about, heading, examples = doc.partition("Examples:\n")
-        super().__init__(description=about, epilog=heading + examples, formatter_class=formatter)
+        super().__init__(prog, description=about, epilog=heading + examples, formatter_class=formatter)
         self.allow_abbrev = False
 
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """Part of parse_args(). argparse would make an empty list of the value in --name=--."""
+        for name, _, value in (arg.partition("=") for arg in (sys.argv[1:] if args is None else args)):
+            if name.startswith("-") and value == "--":
+                self.error(f"argument {name}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the options)")
+
+
+def whole(least: int = -(2**31), most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option: a whole number within bounds. Beyond 32 bits no option has a meaning."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= (value := int(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least:,} to {most:,}")
+
+    return read
+
+
+def number(text: str) -> float:
+    """The type of an option: a number that is finite in float32, which is what models compute in."""
+    with contextlib.suppress(ValueError):
+        if abs(value := float(text)) < 2.0**127:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+
+
+def escaped(message: object) -> str:
+    """A message as one line: control characters as in "\\n" or "\\x1b", and no more than 1,000 characters."""
+    text = str(message)
+    text = text if len(text) <= 1000 else text[:1000] + " ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def fail(message: object) -> NoReturn:
+    """The end of every script that a user's mistake stops: one line on stderr, and exit code 2."""
+    print(f"error: {escaped(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def arguments(doc: str, *groups: type, argv: list[str] | None = None,
@@ -48,7 +89,7 @@ def arguments(doc: str, *groups: type, argv: list[str] | None = None,
         kinds, notes = typing.get_type_hints(cls), comments(cls)
         for f in dataclasses.fields(cls):
             kind = kinds[f.name]
-            how = {"type": kind, "metavar": kind.__name__.upper()}
+            how = {"type": {int: whole(), float: number}.get(kind, kind), "metavar": kind.__name__.upper()}
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
             default = "" if f.default in ("", None) else f" [{f.default}]"
             note = notes[f.name].replace("%", "%%") + default
@@ -59,7 +100,7 @@ def arguments(doc: str, *groups: type, argv: list[str] | None = None,
         names = {cls: [f.name for f in dataclasses.fields(cls) if f.name in values] for cls in groups}
         return [cls(**{name: values[name] for name in names[cls]}) for cls in groups]
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        fail(error)
 
 
 @functools.cache
@@ -76,14 +117,23 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Entry point of a script: a user's mistake is one line on stderr and exit code 2, Ctrl-C is code 130."""
+    """Entry point of a script: a user's mistake is one line on stderr and exit code 2, Ctrl-C is code 130.
+
+    Too little memory counts as a mistake: smaller sizes mend it.
+    """
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        fail(error)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: of torch's allocators
+        told = " ".join(str(error).splitlines()[:1])
+        kinds = "(out of|allocate|not enough) memory|size calculation overflowed"
+        if not (isinstance(error, MemoryError) or re.search(kinds, told)):
+            raise
+        fail(f"out of memory, smaller sizes need less: {told or 'the machine has no more'}")
     except KeyboardInterrupt:
         sys.exit(print(interrupted, file=sys.stderr) or 130)
 
@@ -92,11 +142,11 @@ def pick_device(device: str, dtype: str) -> "tuple[torch.device, torch.dtype, st
     """(device, dtype, the reason in words). An empty name = the best there is. ValueError: it is not here."""
     import torch
 
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device and not have.get(device.split(":")[0]):
-        there = ", ".join(name for name, ok in have.items() if ok)
-        raise ValueError(f"device={device!r} is not available here; available: {there}")
-    name = device or next(name for name, ok in have.items() if ok)
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    have = [*(cuda if torch.cuda.is_available() else []), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if device and device not in have:
+        raise ValueError(f"device={device!r} is not available here; available: {', '.join(have)}")
+    name = device or have[0]
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype and dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r}: choose from {', '.join(dtypes)}")

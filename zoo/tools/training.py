@@ -36,7 +36,8 @@ from zoo.tools.evaluate import Setting, evaluate, sweep, table
 # ---- Options
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
-FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
+FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
+        "test_items"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
@@ -50,8 +51,12 @@ def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
     return {k: str(v) for k, v in options.items() if k not in FREE} | {"dtype": str(dtype)}
 
 
+# The largest values of what is built or run one by one, and of shares. The memory estimate bounds the rest.
+LIMITS = {"n_layer": 1000, "buffer": 1000, "window": 1000, "batch_size": 1 << 20, "warmup": 1, "ema": 1}
+
+
 def fill_zeros(preset: dict, *groups: object) -> None:
-    """Set every field that is 0 to the preset's value. Raises ValueError for a number below 0."""
+    """Set every field that is 0 to the preset's value. ValueError: a number below 0, or above its limit."""
     for group in groups:
         for f in fields(group):
             if f.name in preset and not getattr(group, f.name):
@@ -59,6 +64,8 @@ def fill_zeros(preset: dict, *groups: object) -> None:
             value = getattr(group, f.name)
             if isinstance(value, (int, float)) and not value >= 0:
                 raise ValueError(f"{f.name}={value} must not be negative")
+            if f.name in LIMITS and value > LIMITS[f.name]:
+                raise ValueError(f"{f.name}={value} must be at most {LIMITS[f.name]:,}")
 
 
 def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
@@ -162,7 +169,10 @@ def reference_of(recipe: str, r: Run) -> str | Path:
 
 
 def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> None:
-    """Say how much memory a stage will need, before anything is loaded. reference: its name, "" = none."""
+    """Say how much memory a stage will need, before anything is loaded. reference: its name, "" = none.
+
+    Raises ValueError if it is ten times what is free, unless --force says to go on.
+    """
     o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
@@ -173,7 +183,7 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> None
         reference=shape_of(reference, tokens)[1] if reference else 0,
         buffer=o.buffer if own else 0, window=o.window if own else 1,
     )  # fmt: skip
-    report_memory(need, available(r.device), o.batch_size, o.accumulate, o.remat)
+    report_memory(need, available(r.device), o.batch_size, o.accumulate, o.remat, o.force)
 
 
 def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
@@ -200,6 +210,8 @@ Draw = Callable[[int, torch.Generator], Batch]  # rows, generator -> a batch on 
 def batches(dataset, split: str, length: int) -> Draw:
     """Random examples of a data.Dataset, packed or not; of a stream, random windows with nothing given."""
     tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
+    if response is None and len(tokens) < length:
+        raise ValueError(f"length={length}: the {split} split of {dataset.name} has {len(tokens):,} tokens")
 
     def draw(rows: int, generator: torch.Generator) -> Batch:
         if response is None:
