@@ -54,9 +54,9 @@ def sizes(parser: argparse.ArgumentParser, train: int, val: int = 1000, test: in
     parser.add_argument("--seed", type=command.whole(0), default=1337, help="same seed, same files")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], interrupted: str = "the data set is not prepared") -> None:
     """Entry point of a prepare.py: main(the command line), and a user's mistake is one line on stderr."""
-    command.run(lambda: main(sys.argv[1:]), interrupted="interrupted: the data set is not prepared")
+    command.run(lambda: main(sys.argv[1:]), interrupted=f"interrupted: {interrupted}")
 
 
 def read_text(source: str, what: str) -> str:
@@ -196,18 +196,13 @@ def template_of(folder: str, tokenizer: Tokenizer) -> str:
     return template
 
 
-class Documents:
-    """Questions and answers on their way into rows: encoded, filtered by length, split by split, packed if
-    asked.
-
-    What is done lies in anonymous files beside args.out until it is written, so memory does not grow with
-    the data set."""
+class Encoder:
+    """Questions and answers in tokens, as the options of document_options() ask for."""
 
     def __init__(self, args: argparse.Namespace):
         self.tokenizer, self.mask_id, self.end_id = tokenizer_of(args.tokenizer, args.vocab_size)
         self.chat, self.block = args.chat, getattr(args, "block", 1)
         self.packed = ("train", "val") if getattr(args, "pack", False) else ()  # test: one canvas for each
-        self.folder = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
         self.length = args.length or (256 if self.tokenizer.vocab_size > 1000 else 640)
         if self.block > 1 and not self.packed:
             why = "the end token fills an unpacked row anyway"
@@ -220,8 +215,6 @@ class Documents:
         if self.chat:  # the token that ends a turn; a template without one (plain) takes the tokenizer's
             last = self._talk("1", "1")[0][-1]
             self.end_id = last if last in self.tokenizer.specials.values() else self.end_id
-        self._rows, self._packers = {}, {}
-        self.dropped, self.written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
 
     def _talk(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
         """The conversation in tokens up to the end of its answer, without a line break of the template."""
@@ -243,23 +236,40 @@ class Documents:
     def fits(self, ids: list[int]) -> bool:
         return len(ids) <= self.length
 
+    @property
+    def dtype(self) -> type:
+        """Of an array of ids."""
+        return np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+
+class Documents:
+    """Encoded documents on their way into rows, split by split, packed if asked.
+
+    What is done lies in files without a name in `folder`, or in the nearest one above it that is there, so
+    memory does not grow with the data set."""
+
+    def __init__(self, encoder: Encoder, folder: Path):
+        self.encoder, self._rows, self._packers = encoder, {}, {}
+        self.folder = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+        self.dropped, self.written = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+
     def add(self, split: str, ids: list[int], response: list[bool]) -> None:
         """One document for a split; a longer one than a row is counted in `dropped`."""
-        if not self.fits(ids):
+        e = self.encoder
+        if not e.fits(ids):
             self.dropped[split] += 1
             return
         if split not in self._rows:
-            ids_type = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-            dtypes = (ids_type, bool, *[np.uint16] * (split in self.packed))
-            self._rows[split] = Rows(self.folder, self.length, dtypes)
-            if split in self.packed:
-                self._packers[split] = Packer(self.length, self.block, self.end_id, self._rows[split].write)
+            dtypes = (e.dtype, bool, *[np.uint16] * (split in e.packed))
+            self._rows[split] = Rows(self.folder, e.length, dtypes)
+            if split in e.packed:
+                self._packers[split] = Packer(e.length, e.block, e.end_id, self._rows[split].write)
         self.written[split] += 1
         if split in self._packers:
             self._packers[split].add(ids, response)
         else:
-            rest = self.length - len(ids)
-            self._rows[split].write(ids + [self.end_id] * rest, response + [True] * rest)
+            rest = e.length - len(ids)
+            self._rows[split].write(ids + [e.end_id] * rest, response + [True] * rest)
 
     def splits(self) -> dict[str, Examples]:
         """The finished arrays, on the disk, of the splits that got a document."""
@@ -269,8 +279,9 @@ class Documents:
 
     def facts(self) -> dict:
         """What meta.json tells about how the rows were made."""
-        facts = {"template": self.chat or None, "packed": list(self.packed), "block": self.block}
-        return facts | {"documents": self.written} if self.chat or self.packed else {}
+        e = self.encoder
+        facts = {"template": e.chat or None, "packed": list(e.packed), "block": e.block}
+        return facts | {"documents": self.written} if e.chat or e.packed else {}
 
 
 class Packer:
@@ -351,7 +362,8 @@ def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("meta.json", *ORIGINALS):  # a tokenizer of an earlier preparation may consist of other files
         (folder / old).unlink(missing_ok=True)
-    for old in [f"{split}{part}.npy" for split in SPLITS for part in ("", "_response", "_segments")]:
+    arrays = [f"{split}{part}.npy" for split in SPLITS for part in ("", "_response", "_segments")]
+    for old in (*arrays, *folder.glob("*.npy.*")):  # the latter of a preparation that was killed
         (folder / old).unlink(missing_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     for split in wanted:

@@ -28,7 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.answers import response
-from data.common import Documents, document_options, options, read_text, run, split_of, write_dataset
+from data.common import (Documents, Encoder, document_options, options, read_text, run, split_of,
+                         write_dataset)  # fmt: skip
 from zoo.progress import progress
 
 SOURCE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--marks", action="store_true", help="keep the calculator marks <<48/2=24>>")
     args = parser.parse_args(argv)
     problems = {name: read(args.source, f"{name}.jsonl") for name in ("train", "test")}
-    tested, documents = {problem["question"] for problem in problems["test"]}, Documents(args)
+    tested, encoder = {problem["question"] for problem in problems["test"]}, Encoder(args)
+    documents = Documents(encoder, args.out)
     with progress(sum(map(len, problems.values())), "prepare", "examples") as bar:
         for name, problem in ((file, problem) for file in problems for problem in problems[file]):
             question, answer = problem["question"].strip(), problem["answer"].strip()
@@ -83,11 +85,11 @@ def main(argv: list[str]) -> None:
             if name == "train" and problem["question"] in tested:
                 documents.dropped[split] += 1
             else:
-                documents.add(split, *documents.encode(question, answer))
+                documents.add(split, *encoder.encode(question, answer))
             bar.update()
     facts = {"tokenizer_name": args.tokenizer, "marks": args.marks, "dropped": documents.dropped}
-    write_dataset(args.out, "gsm8k", documents.tokenizer, documents.splits(), mask_id=documents.mask_id,
-                  eos_id=documents.end_id, source=args.source, argv=argv, facts=facts | documents.facts(),
+    write_dataset(args.out, "gsm8k", encoder.tokenizer, documents.splits(), mask_id=encoder.mask_id,
+                  eos_id=encoder.end_id, source=args.source, argv=argv, facts=facts | documents.facts(),
                   licence="MIT" if args.source == SOURCE else "as its source")
 
 

@@ -10,7 +10,6 @@ first. A problem has several solutions, all of them in the same split.
 
 Needs pyarrow: pip install -e ".[data]"
 """
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data import answers
 from data.common import run
-from data.hub import parser_of, records, source_files, source_name, texts, write_training_set
+from data.hub import GOES_ON, Pair, parser_of, records, texts, write_training_set
 
 REPO, FILES = "nvidia/OpenMathInstruct-2", ["data/train_1M-*.parquet"]
 SOURCE = f"https://huggingface.co/datasets/{REPO}"
@@ -26,8 +25,8 @@ COLUMNS = {"problem": ("problem", "question"), "solution": ("generated_solution"
 check = answers.check
 
 
-def pairs(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
-    for place, record in records(source_files(args.source, REPO, FILES), COLUMNS):
+def pairs(files: list[Path], done: int) -> Iterator[Pair]:
+    for place, record in records(files, COLUMNS, done=done):
         yield texts(place, [record["problem"]]), texts(place, [record["solution"]])
 
 
@@ -35,9 +34,8 @@ def main(argv: list[str]) -> None:
     parser = parser_of(__doc__, __file__, 2048, train=True)
     parser.set_defaults(samples=1_000_000)
     args = parser.parse_args(argv)
-    write_training_set(args, argv, "openmathinstruct2", pairs=pairs(args), source=source_name(args, REPO),
-                       licence="as its source" if args.source else "CC-BY-4.0")  # fmt: skip
+    write_training_set(args, argv, "openmathinstruct2", REPO, FILES, pairs, "CC-BY-4.0")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOES_ON)

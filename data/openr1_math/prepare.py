@@ -11,7 +11,6 @@ the last box of the response holds the same as the reference's (data/answers.py)
 The paper does not name the subset: `default` has 94k problems and is what its authors recommend for
 fine-tuning, `extended` 131k easier ones, `all` both. Needs pyarrow: pip install -e ".[data]"
 """
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data import answers
 from data.common import run
-from data.hub import parser_of, records, source_files, source_name, texts, write_training_set
+from data.hub import GOES_ON, Pair, parser_of, records, texts, write_training_set
 
 REPO = "open-r1/OpenR1-Math-220k"
 SUBSETS = {"default": "data", "extended": "extended", "all": "all"}  # name -> folder
@@ -42,10 +41,9 @@ def correct(place: str, record: dict) -> list[str]:
     return texts(place, right)
 
 
-def pairs(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
-    files = source_files(args.source, REPO, [f"{SUBSETS[args.subset]}/train-*.parquet"])
+def pairs(files: list[Path], done: int) -> Iterator[Pair]:
     columns = {"problem": ("problem", "question"), **COLUMNS}
-    for place, record in records(files, columns, ("correctness_llama", "is_reasoning_complete")):
+    for place, record in records(files, columns, ("correctness_llama", "is_reasoning_complete"), done):
         yield texts(place, [record["problem"]]), correct(place, record)
 
 
@@ -53,9 +51,9 @@ def main(argv: list[str]) -> None:
     parser = parser_of(__doc__, __file__, 8192, train=True)
     parser.add_argument("--subset", choices=SUBSETS, default="default", help="of the hub's files")
     args = parser.parse_args(argv)
-    write_training_set(args, argv, "openr1_math", pairs=pairs(args), source=source_name(args, REPO),
-                       licence="as its source" if args.source else "Apache-2.0")  # fmt: skip
+    patterns = [f"{SUBSETS[args.subset]}/train-*.parquet"]
+    write_training_set(args, argv, "openr1_math", REPO, patterns, pairs, "Apache-2.0")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, GOES_ON)
