@@ -363,7 +363,8 @@ def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[st
     for old in ("meta.json", *ORIGINALS):  # a tokenizer of an earlier preparation may consist of other files
         (folder / old).unlink(missing_ok=True)
     arrays = [f"{split}{part}.npy" for split in SPLITS for part in ("", "_response", "_segments")]
-    for old in (*arrays, *folder.glob("*.npy.*")):  # the latter of a preparation that was killed
+    killed = (*folder.glob("*.npy.*"), *folder.glob("*.json.*"))  # what write_atomic could not take away
+    for old in (*arrays, *killed):
         (folder / old).unlink(missing_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     for split in wanted:

@@ -24,10 +24,14 @@ def write_rows(path: Path, count: int, filler: int = 0) -> Path:
     return path
 
 
-def prepare(source: Path, out: Path, *options: str) -> dict[str, bytes]:
-    """The files of the data set."""
+def prepare(source: Path, out: Path, *options: str) -> None:
     usual = ["--tokenizer=bytes", "--length=96", "--held=0.1", "--workers=1"]
     openmath.main([*usual, f"--source={source}", f"--out={out}", *options])
+
+
+def prepared(source: Path, out: Path, *options: str) -> dict[str, bytes]:
+    """The files of the data set."""
+    prepare(source, out, *options)
     return {p.name: p.read_bytes() for p in out.iterdir() if p.name != "meta.json"}
 
 
@@ -78,34 +82,34 @@ def killed(n: int, source: Path, out: Path, *options: str) -> bool:
 @pytest.mark.parametrize("options", [["--pack", "--block=4"], ["--samples=75"]])
 def test_a_killed_preparation_goes_on_to_the_same_bytes(options, tmp_path, capsys):
     source, went_on = write_rows(tmp_path / "in.jsonl", 150), 0
-    whole = prepare(source, tmp_path / "whole", *options)
+    whole = prepared(source, tmp_path / "whole", *options)
     capsys.readouterr()
-    for n in itertools.count(0, 9):
+    for n in itertools.count(0, 13):
         out = tmp_path / str(n)
         if not killed(n, source, out, *options):
             break
         for name in ("tokens", "index"):  # the kernel may have written more than was recorded
             with open(tmp_path / f"{n}.unfinished" / name, "ab") as file:
                 file.write(b"torn")
-        assert killed(n // 2, source, out, *options)  # and the next one as well
-        assert prepare(source, out, *options) == whole
+        killed(n // 2, source, out, *options)  # and the next one, too, unless it has less to do
+        assert prepared(source, out, *options) == whole
         went_on += "going on after row" in capsys.readouterr().err
         assert not (tmp_path / f"{n}.unfinished").exists()
-    assert n > 50 and went_on > 5
+    assert n > 50 and went_on > 3
 
 
 def test_other_options_start_over(tmp_path, capsys):
     """Also where the files of one attempt lie beside the record of another."""
     source, out = write_rows(tmp_path / "in.jsonl", 150), tmp_path / "out"
-    plain, other = (prepare(source, tmp_path / f"whole{i}", f"--instruction={i}") for i in "12")
+    plain, other = (prepared(source, tmp_path / f"whole{i}", f"--instruction={i}") for i in "12")
     assert plain != other
     assert killed(30, source, out, "--instruction=1") and killed(4, source, out, "--instruction=2")
     capsys.readouterr()
-    assert prepare(source, out, "--instruction=1") == plain
+    assert prepared(source, out, "--instruction=1") == plain
     assert "going on" not in capsys.readouterr().err
     assert killed(30, source, out, "--instruction=2")
-    write_rows(source, 151)
-    assert prepare(source, out, "--instruction=2") != other
+    write_rows(source, 160)
+    assert prepared(source, out, "--instruction=2") != other
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"count": 3, "decide": {}}'])
@@ -114,7 +118,7 @@ def test_a_damaged_record_starts_over(record, tmp_path, capsys):
     assert killed(20, source, out)
     (tmp_path / "out.unfinished" / "progress.json").write_text(record)
     capsys.readouterr()
-    assert prepare(source, out) == prepare(source, tmp_path / "whole")
+    assert prepared(source, out) == prepared(source, tmp_path / "whole")
     assert "going on" not in capsys.readouterr().err
 
 
@@ -129,9 +133,8 @@ def test_a_mistake_leaves_nothing_behind(tmp_path):
 
 def test_as_many_processes_as_one_likes(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", 150)
-    alone = prepare(source, tmp_path / "1", "--pack")
-    for workers in (2, 3):
-        assert prepare(source, tmp_path / str(workers), "--pack", f"--workers={workers}") == alone
+    alone = prepared(source, tmp_path / "1", "--pack")
+    assert prepared(source, tmp_path / "3", "--pack", "--workers=3") == alone
 
 
 def dies(chunk: list) -> list:
@@ -153,7 +156,7 @@ def same(chunk: list) -> list:
     return chunk
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_results_come_in_order(count):
     chunks = [[i] for i in range(count)]
     assert [*store.in_order(same, iter(chunks), 3)] == chunks
@@ -172,14 +175,15 @@ def test_the_seed_decides_the_order_of_all_documents(tmp_path):
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """What Python and numpy hold at most; pages of files that the kernel maps come and go."""
-    peaks = []
-    for count in (300, 300, 2400):  # the first one is for what is loaded once
-        source = write_rows(tmp_path / f"{count}.jsonl", count, filler=9)
+    peaks, sizes = [], []
+    for count in (200, 200, 1000):  # the first one is for what is loaded once
+        source = write_rows(tmp_path / f"{count}.jsonl", count, filler=60)
         tracemalloc.start()
-        prepare(source, tmp_path / "out", "--pack")
+        prepare(source, tmp_path / "out", "--length=512")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < peaks[1] + 8 * 2100  # bytes a document: 4 for the order, twice
+        sizes.append(sum(p.stat().st_size for p in (tmp_path / "out").iterdir()))
+    assert sizes[2] - sizes[1] > 900_000 and peaks[2] - peaks[1] < 50_000
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
