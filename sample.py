@@ -78,9 +78,11 @@ class Options:
     dtype: str = ""  # bfloat16 | float16 | float32, of the matmuls; default: bfloat16 if the processor has it
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("limit", 1), ("max_new", 0)):
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("limit", 1), ("max_new", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.num_samples > 10_000:
+            raise ValueError(f"num_samples={self.num_samples} must be at most 10,000: all are made first")
         if len(self.infill) > 1:
             raise ValueError(f"infill={self.infill!r} must be one character")
         for path in (self.html, self.plot):

@@ -73,7 +73,10 @@ def examples(loaded: Loaded, name: str, count: int, seed: int) -> tuple[np.ndarr
         if generated:
             options = shlex.split(loaded.meta.get("data_command", ""))[2:]  # as prepared then, e.g. --size=9
             splits = ["--train=1", "--val=1", f"--test={count}", f"--seed={seed}"]
-            prepare.main([*options, *splits, f"--out={folder}"])
+            try:
+                prepare.main([*options, *splits, f"--out={folder}"])
+            except SystemExit:  # its message went to the stderr that is not shown
+                raise ValueError(f"{loaded.folder}/train.json: no data_command: {options}") from None
         source = data.load(folder if generated else name)
         tokens, response = source.tokens("test"), source.response("test")
         chosen = np.random.default_rng(seed).permutation(len(tokens))[:count]

@@ -85,7 +85,8 @@ class Decoding(Sampler):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
         passes = self.self_passes
-        check(passes >= 1, f"self_passes={passes} must be at least 1; start=cold has no such pass")
+        says = "must lie between 1 and 1,000; start=cold has no such pass"
+        check(1 <= passes <= 1000, f"self_passes={passes} {says}")
         check(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
         check(0 <= self.threshold <= 1, f"threshold={self.threshold} must lie in [0, 1]")
 
