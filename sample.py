@@ -19,7 +19,7 @@ implies --rule=threshold, --entropy_bound implies --rule=entropy-bounded.
 Examples:
   python sample.py --steps 8                            new Sudoku puzzles for the model that is shipped
   python sample.py --steps 8 --compare                  SeqD and RCD side by side
-  python sample.py --threshold 0.95 --html run.html     as many steps as it takes; a page to look at
+  python sample.py --steps 8 --compare --html run.html  and as a page that plays (--svg: a moving picture)
   python sample.py --prompt puzzle.txt                  a puzzle of your own, "_" or "." for an empty cell
   python sample.py --eval sudoku --plot curve.png       accuracy against forward passes
   python sample.py --model JetLM/SDAR-1.7B-Chat --prompt "Why is the sky blue?"
@@ -46,9 +46,10 @@ from data.canvases import Puzzles, canvases, task_of
 from rcd import Step, Transformer, denoise
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
+from zoo.tools.animation import animation
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate, plot, sweep, table
-from zoo.tools.viewers import Stream, Terminal, Trace, page
+from zoo.tools.viewers import Stream, Terminal, Trace, Watched, page
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Options:
     batch_size: int = 16  # canvases that are filled at once (--eval: eight times as many)
     reference: str = ""  # the model of --start=warm and of --compare; default: the one that train.json names
     compare: bool = False  # SeqD and RCD side by side on the same canvas
-    html: str = ""  # also write the run to this file, a page with a step slider
+    html: str = ""  # also write the run to this file, a page that plays it and shows what each mask might be
+    svg: str = ""  # also write what the terminal shows to this file, a moving picture of the first canvas
     plain: bool = False  # one line of text per step, no colours
     stream: bool = True  # of a chat model, or one not trained here: the answer as text instead of its steps
     eval: str = ""  # instead of sampling: accuracy against forward passes, on the test split of a data set or
@@ -85,7 +87,7 @@ class Options:
             raise ValueError(f"num_samples={self.num_samples} must be at most 10,000: all are made first")
         if len(self.infill) > 1:
             raise ValueError(f"infill={self.infill!r} must be one character")
-        for path in (self.html, self.plot):
+        for path in (self.html, self.svg, self.plot):
             if path and not Path(path).parent.is_dir():
                 raise ValueError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
@@ -155,6 +157,8 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
     foreign = bool(loaded.template or not loaded.meta)  # a chat model, or not trained here
     stream = o.stream and bool(o.prompt) and not o.infill and not o.compare and foreign
     traces, seconds = [], [0.0] * len(settings)
+    if o.html:
+        settings = [s._replace(sampler=Watched(**vars(s.sampler))) for s in settings]
     for s in settings:
         names = [f"{s.label} {i + 1}" if len(canvas) > 1 else s.label for i in range(len(canvas))]
         rows = zip(names, canvas.tolist(), lengths.tolist())
@@ -180,8 +184,9 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
                     step = next(steps, None)
                 seconds[k] += time.perf_counter() - begin
                 runs[k] = steps if step else None
+                top = settings[k].sampler.top if o.html else {}
                 for row, trace in enumerate(traces[k][rows] if step else ()):
-                    trace.add(step, row)
+                    trace.add(step, row, top)
             viewer.show(last=not any(runs))
         for trace in (t for batch in zip(*(t[rows] for t in traces)) for t in batch):
             if not viewer.shown(trace):
@@ -201,6 +206,9 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
     if o.html:
         html = page([t for batch in zip(*traces) for t in batch], stats * len(canvas), task.layout)
         write_atomic(Path(o.html), lambda path: path.write_text(html, encoding="utf-8"))
+    if o.svg:
+        picture = animation([row[0] for row in traces], task.layout, sampler.steps)
+        write_atomic(Path(o.svg), lambda path: path.write_text(picture, encoding="utf-8"))
 
 
 def recommended(loaded: zoo.Loaded, typed: dict) -> dict:

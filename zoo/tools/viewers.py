@@ -1,15 +1,20 @@
 """How a canvas is watched while it fills: in a terminal, as streamed text, and afterwards as a page."""
 
 import codecs
+import copy
 import itertools
 import json
 import shutil
 import time
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rcd import Step
+from torch import Tensor
+
+from rcd import Reader, Step, by_rows, softmax, tile
+from zoo.decoding import Decoding
 from zoo.files import Loaded
 from zoo.progress import progress
 
@@ -18,6 +23,36 @@ RAMP = (26, 32, 31, 30, 29, 64, 100, 136, 166, 160, 161, 127)
 SHADES, GREY = "·░▒▓", "38;5;244"  # a mask: no residual, then alpha up to 1/3, 2/3, 1
 # A task lays out a string with a character per position: private characters from this one on stand for them.
 POSITIONS = 0xF0000
+
+Top = dict[tuple[int, int], list[tuple[int, float]]]  # (row, position) -> its likeliest tokens with their p
+
+
+class TopReader:
+    """A reader that keeps the five likeliest tokens of each cell that it read last."""
+
+    def __init__(self, read: Reader, top: Top):
+        self.read, self.top, self.passes = read, top, read.passes
+        self.model, self.tokens, self.lengths, self.b = read.model, read.tokens, read.lengths, read.b
+
+    def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, *residual: Tensor | None) -> Tensor:
+        """As Reader: logits (N, V)."""
+        logits = self.read(begin, end, cells, *residual)
+        k = min(5, logits.shape[1])
+        p, ids = by_rows(lambda z: softmax(z)[1].topk(k), tile(logits), logits)  # (N, k) each
+        self.top.clear()
+        for cell, row_ids, row_p in zip(cells.tolist(), ids.tolist(), p.tolist()):
+            self.top[tuple(cell)] = list(zip(row_ids, row_p))
+        return logits
+
+
+@dataclass(frozen=True)
+class Watched(Decoding):
+    """The same sampler, whose top holds the hypotheses of the step that was made last."""
+
+    top: Top = field(default_factory=dict)
+
+    def reader(self, *canvas) -> TopReader:
+        return TopReader(super().reader(*canvas), self.top)
 
 
 class Trace:
@@ -29,17 +64,40 @@ class Trace:
         self.ids, self.to_fill = ids, [i == self.mask_id for i in ids]
         self.committed_at = [0] * len(ids)  # the step that committed a position, from 1; 0 = none
         self.alpha = [0.0] * len(ids)  # of the residual that a mask carries
-        self.steps: list[list[tuple[int, float, float]]] = []  # (position, confidence, alpha), per mask
+        # Per step, of each mask it looked at: position, confidence, alpha, likeliest tokens with their p.
+        self.steps: list[list[tuple[int, float, float, list[tuple[int, float]]]]] = []
 
-    def add(self, step: Step, row: int) -> None:
+    def add(self, step: Step, row: int, top: Top) -> None:
+        """A step, of which this is the row. top: its hypotheses, {} = they are not to be kept."""
         values = (step.committed, step.confidence, step.alpha)
         committed, confidence, alpha = (x[row, : len(self.ids)].tolist() for x in values)
         looked = [i for i, c in enumerate(confidence) if c or committed[i]]
         if looked:  # else this row was done before
             self.ids, self.nfe = step.tokens[row, : len(self.ids)].tolist(), int(step.nfe[row])
-            self.steps.append([(i, confidence[i], alpha[i]) for i in looked])
+            self.steps.append([(i, confidence[i], alpha[i], top.get((row, i), [])) for i in looked])
             for i in looked:
                 self.committed_at[i], self.alpha[i] = len(self.steps) * committed[i], alpha[i]
+
+    def at(self, k: int) -> "Trace":
+        """This trace as it was after k steps."""
+        if k >= len(self.steps):
+            return self
+        past, done = copy.copy(self), [0 < at <= k for at in self.committed_at]
+        past.steps, past.alpha = self.steps[:k], [0.0] * len(self.ids)
+        for i, _, alpha, _ in itertools.chain(*past.steps):
+            past.alpha[i] = alpha
+        kept = [d or not fill for d, fill in zip(done, self.to_fill)]
+        past.ids = [i if keep else self.mask_id for i, keep in zip(self.ids, kept)]
+        past.committed_at = [at * d for at, d in zip(self.committed_at, done)]
+        return past
+
+    def name(self, token: int) -> str:
+        """A token by itself, with spaces and line ends in sight. Bytes that are no text are in hexadecimal."""
+        spelled = self.tokenizer.tokens.get(token, b"?")
+        try:
+            return "".join(glyphs(spelled.decode("utf-8").replace(" ", "␣"), "↵"))
+        except UnicodeDecodeError:
+            return "".join(f"<{byte:02X}>" for byte in spelled)
 
     def pieces(self) -> list[str]:
         """The text of each position, "" for a mask. A character of several tokens is at the last of them."""
@@ -69,28 +127,27 @@ def glyphs(text: str, newline: str) -> list[str]:
     return out
 
 
-class Terminal:
-    """Traces side by side: a line per step where a canvas fits into a line, else a picture that is redrawn.
+def columns(glyph: str) -> int:
+    """How many columns of a terminal it takes."""
+    return 2 if unicodedata.east_asian_width(glyph[0]) in "WF" else 1
+
+
+class Picture:
+    """Traces side by side as lines of text, in the colours of a terminal.
 
     layout: how the task arranges a canvas (data.Dataset.layout). plain: no colours. budget: the sampler's
-    steps, 0 = unknown.
+    steps, 0 = unknown. columns: how wide it may be.
     """
 
-    def __init__(self, traces: list[Trace], layout: Callable[[str], str], plain: bool, budget: int):
-        (columns, self.rows), cells = shutil.get_terminal_size(), len(traces[0].ids)
-        self.traces, self.plain, self.height, self.drawn_at = traces, plain, 0, 0.0
-        self.budget = min(budget, sum(traces[0].to_fill))
+    def __init__(self, traces: list[Trace], layout: Callable[[str], str], plain: bool, budget: int,
+                 columns: int):  # fmt: skip
+        self.plain, self.budget = plain, min(budget, sum(traces[0].to_fill))
         self.width = max(8, (columns - 4 - 3 * (len(traces) - 1)) // len(traces))  # of a panel
-        self.in_a_row = "".join(map(chr, range(POSITIONS, POSITIONS + cells)))
-        self.layout, self.by_line = layout(self.in_a_row), plain or layout is str and cells <= self.width
-        self.pause = 0 if plain else min(0.12, 5 / cells)  # seconds that a step is shown at least
-        if not plain:
-            ramp = "".join(f"\x1b[38;5;{colour}m█" for colour in RAMP)
-            masks = f"masks: {SHADES[0]} no residual, {SHADES[1:]} alpha"
-            print(f"committed at the first {ramp}\x1b[0m last step; {masks}")
-        if len(traces) > 1 and self.by_line:
-            print("    " + " | ".join(f"{t.label:{cells}}" for t in traces).rstrip())
-        self.show()
+        self.in_a_row = "".join(map(chr, range(POSITIONS, POSITIONS + len(traces[0].ids))))
+        self.layout = layout(self.in_a_row)
+        ramp = "".join(f"\x1b[38;5;{colour}m█" for colour in RAMP)
+        masks = f"masks: {SHADES[0]} no residual, {SHADES[1:]} alpha"
+        self.legend = f"committed at the first {ramp}\x1b[0m last step; {masks}"
 
     def lines(self, trace: Trace, template: str, newline: str, width: int = 0) -> list[str]:
         """The trace as lines padded to `width` columns (0 = as long as they are), in colours unless plain."""
@@ -108,14 +165,37 @@ class Terminal:
                 inverted = 7 * (trace.committed_at[i] == len(trace.steps))
                 cell, style = glyphs(pieces[i], newline), f"{inverted};38;5;{colour}"
             for glyph in cell:
-                columns = 2 if unicodedata.east_asian_width(glyph[0]) in "WF" else 1
-                if glyph == "\n" or width and used + columns > width:
+                if glyph == "\n" or width and used + columns(glyph) > width:
                     out[-1] += " " * (width - used)
                     out, used = [*out, ""], 0
                 if glyph != "\n":
                     out[-1] += glyph if self.plain or not style else f"\x1b[{style}m{glyph}\x1b[0m"
-                    used += columns
+                    used += columns(glyph)
         return [*out[:-1], out[-1] + " " * (width - used)]
+
+    def body(self, traces: list[Trace]) -> list[str]:
+        panels = [self.lines(t, self.layout, "↵\n", self.width) for t in traces]
+        return [" │ ".join(lines) for lines in itertools.zip_longest(*panels, fillvalue=" " * self.width)]
+
+    def status(self, traces: list[Trace]) -> str:
+        words = [f"{t.label} step {len(t.steps)}, {t.ids.count(t.mask_id)} left" for t in traces]
+        return " │ ".join(text[: self.width].ljust(self.width) for text in words)
+
+
+class Terminal(Picture):
+    """A line per step where a canvas fits into a line, else a picture that is redrawn."""
+
+    def __init__(self, traces: list[Trace], layout: Callable[[str], str], plain: bool, budget: int):
+        (width, self.rows), cells = shutil.get_terminal_size(), len(traces[0].ids)
+        super().__init__(traces, layout, plain, budget, width)
+        self.traces, self.height, self.drawn_at = traces, 0, 0.0
+        self.by_line = plain or layout is str and cells <= self.width
+        self.pause = 0 if plain else min(0.12, 5 / cells)  # seconds that a step is shown at least
+        if not plain:
+            print(self.legend)
+        if len(traces) > 1 and self.by_line:
+            print("    " + " | ".join(f"{t.label:{cells}}" for t in traces).rstrip())
+        self.show()
 
     def show(self, last: bool = False) -> None:
         """Draw the traces: called before the first step, after every step and, with last=True, at the end."""
@@ -130,14 +210,11 @@ class Terminal:
 
     def draw(self, whole: bool) -> None:
         """The picture, over the one before. Too high for the screen: the part around the first mask."""
-        panels = [self.lines(t, self.layout, "↵\n", self.width) for t in self.traces]
-        body = [" │ ".join(lines) for lines in itertools.zip_longest(*panels, fillvalue=" " * self.width)]
-        room = self.rows - 4
+        body, room = self.body(self.traces), self.rows - 4
         if len(body) > room and not whole:
             masked = next((i for i, line in enumerate(body) if GREY in line), len(body))
             body = body[max(0, min(masked - room // 2, len(body) - room)) :][:room]
-        status = [f"{t.label} step {len(t.steps)}, {t.ids.count(t.mask_id)} left" for t in self.traces]
-        body += ["", " │ ".join(text[: self.width].ljust(self.width) for text in status)]
+        body += ["", self.status(self.traces)]
         up = f"\x1b[{self.height}F" if self.height else ""
         print(up + "\n".join(f"    {line}\x1b[K" for line in body) + "\x1b[J", flush=True)
         self.height = len(body)
@@ -187,16 +264,20 @@ def page(traces: list[Trace], stats: list[str], layout: Callable[[str], str]) ->
 
     stats: a line of numbers per trace. Tokens are shown as text and never read as HTML.
     """
-    panels = []
+    panels, vocabulary = [], {}
     for t, numbers in zip(traces, stats):
         placed = layout("".join(map(chr, range(POSITIONS, POSITIONS + len(t.ids)))))
         placed = placed if layout is str else placed.replace(" ", "")  # the page has its own spaces in a grid
+        steps = [[(i, round(c, 3), round(a, 3), [(token, round(p, 3)) for token, p in top])
+                  for i, c, a, top in step] for step in t.steps]  # fmt: skip
         panels.append({
             "label": t.label, "stats": numbers, "grid": layout is not str,
             "committed_at": t.committed_at, "to_fill": t.to_fill,
             "text": ["".join(glyphs(piece, "↵\n")) for piece in t.pieces()],
             "layout": [c if c < chr(POSITIONS) else ord(c) - POSITIONS for c in placed],
-            "steps": [[(i, round(c, 3), round(a, 3)) for i, c, a in step] for step in t.steps],
+            "steps": steps,
         })  # fmt: skip
+        vocabulary |= {token: t.name(token) for step in steps for *_, top in step for token, _ in top}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace("/*DATA*/", json.dumps(panels).replace("<", "\\u003c"))
+    text = json.dumps({"panels": panels, "vocabulary": vocabulary})
+    return template.replace("/*DATA*/", text.replace("<", "\\u003c"))
