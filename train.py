@@ -66,6 +66,7 @@ class Train:
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
+    options: str = ""  # take the options of this run, by its train.json (a stage's folder); typed ones win
     resume: bool = False  # go on where an interrupted run stopped
     overwrite: bool = False  # train again over an existing run
     force: bool = False  # go on even if the memory estimate is more than ten times what is free
@@ -87,6 +88,7 @@ class Train:
     beta2: float = 0.98  # AdamW
     clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     ema: float = 0.99  # save a moving average of the weights with this decay; 0 = save the last weights
+    log: str = ""  # show the log, out/NAME/STAGE/log.jsonl, also in: tensorboard | wandb
     eval_every: int = 0  # steps between validations
     eval_items: int = 128  # validation canvases for the accuracy during training
     test_items: int = 500  # test canvases of the table, 16 where 64 tokens or more are to fill; 0 = no table
@@ -137,7 +139,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
     training.check_choices(o, {
         "preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES, "schedule": ("cosine", "constant"),
-        "t_per": ("document", "block"),
+        "t_per": ("document", "block"), "log": ("", *training.SINKS),
     })  # fmt: skip
     training.fill_zeros(PRESETS[o.preset], o, shape)
     training.check_options(o, shape.block_size)
@@ -210,7 +212,7 @@ def train_stage(stage: str, r: Run) -> None:
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
-    log = Log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak)
+    log = Log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak, meta["options"])
     sampler = Sampler(rule="threshold", carry="residual" if stage == "target" else "none")
 
     with Stop() as stop, progress(steps, stage, "steps", initial=state.step) as bar:
@@ -258,7 +260,8 @@ def main() -> None:
     opened = functools.cache(data.load)
 
     def presets(typed: dict) -> dict:
-        return implied(typed, opened(typed.get("data", Train.data)))
+        given = training.options_of(typed.get("options", ""), Train, Shape, Carry)
+        return implied(given | typed, opened((given | typed).get("data", Train.data))) | given
 
     o, shape, residual = arguments(__doc__, Train, Shape, Carry, presets=presets)
     device, dtype, reason = pick_device(o.device, o.dtype)

@@ -452,7 +452,7 @@ def test_lines_are_as_wide_as_asked():
 
 
 def panels_of(page: str) -> list[dict]:
-    return json.loads(re.search(r"const data = (\[.*?\]), last = ", page)[1])
+    return json.loads(re.search(r"const {panels, vocabulary} = (.*), last = ", page)[1])["panels"]
 
 
 def test_page_is_not_broken_by_a_token(runs):
@@ -485,8 +485,9 @@ def test_page_holds_the_run_and_nothing_else(cli, runs, tmp_path):
     assert len(panel["steps"]) == len(steps)
     for number, (cells, step) in enumerate(zip(panel["steps"], steps), 1):
         looked = step.confidence[0].nonzero()[:, 0].tolist()
-        assert [i for i, _, _ in cells] == looked
-        for i, confidence, alpha in cells:
+        assert [i for i, *_ in cells] == looked
+        for i, confidence, alpha, top in cells:
+            assert confidence == top[0][1] and len(top) == 5  # the likeliest token is the one that is drawn
             assert (panel["committed_at"][i] == number) == bool(step.committed[0, i])
             expected = step.confidence[0, i].item(), step.alpha[0, i].item()
             assert (confidence, alpha) == pytest.approx(expected, abs=5.1e-4)  # rounded to three places
@@ -494,13 +495,22 @@ def test_page_holds_the_run_and_nothing_else(cli, runs, tmp_path):
 
 
 def test_page_lays_out_a_grid(cli, tmp_path):
-    file = tmp_path / "run.html"
-    cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2", "--num_samples=2", f"--html={file}")
+    file, options = tmp_path / "run.html", ["--steps=2", "--num_samples=2"]
+    cli("--model=grid/target", f"--prompt={PUZZLE}", *options, f"--html={file}")
     panels = panels_of(file.read_text(encoding="utf-8"))
     assert [p["label"] for p in panels] == ["RCD 1", "RCD 2"]
     rows = [list(range(i, i + 6)) for i in range(0, 36, 6)]
     assert panels[0]["layout"] == [x for row in rows for x in (["\n"] if row[0] else []) + row]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_svg_is_the_animation_of_the_first_canvas(cli, tmp_path):
+    """The same bytes again. What it shows: tests/test_viewers.py."""
+    options = ["--model=grid/target", f"--prompt={PUZZLE}", "--steps=3", "--num_samples=2", "--compare"]
+    for name in "ab":
+        assert cli(*options, f"--svg={tmp_path / name}")[0] == 0
+    a, b = ((tmp_path / name).read_bytes() for name in "ab")
+    assert a == b and b'aria-label="SeqD (reference) 1 and RCD 1 fill a canvas in 3 steps"' in a
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -585,6 +595,7 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--model=blocks", f"--prompt={PUZZLE}", "--steps=2"], "fewer than the"),
     (["--model=blocks", f"--prompt={PUZZLE}", "--start=warm"], "needs the reference"),
     (["--html=no/such/run.html"], "no folder no/such"),
+    (["--svg=no/such/run.svg"], "no folder no/such"),
     (["--plot=no/such/run.png", "--eval=sudoku"], "no folder no/such"),
     (["--model=text", "--prompt=" + "x" * 70], "leaves room for 0"),
     (["--model=text", "--prompt=xyz", "--max_new=62"], "leaves room for 61"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +206,123 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypat
     run("--name=dead", "--stage=base", "--resume")
     assert same(Path("out/whole/base"), Path("out/dead/base"))
     assert [e["step"] for e in log_of(Path("out/dead/base"))] == [1, 2, 3, 4]
+
+
+def test_tensorboard_holds_what_the_log_holds(run, monkeypatch):
+    """After a kill and a resumption too: no point is missing, and none is there twice."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    inner = train.diffusion_loss
+
+    def dies(*args, **options):
+        if len(log_of(Path("out/x/base"))) == 3:  # a step after the save at step 2
+            raise MemoryError
+        return inner(*args, **options)
+
+    options = ["--name=x", "--stage=base", "--log=tensorboard"]
+    monkeypatch.setattr(train, "diffusion_loss", dies)
+    with pytest.raises(MemoryError):
+        run(*options)
+    monkeypatch.setattr(train, "diffusion_loss", inner)
+    run(*options, "--resume")
+    log, events = log_of(Path("out/x/base")), Path("out/x/base/tensorboard")
+    expected = [(name, e["step"], value) for e in log for name, value in e.items() if name != "step"]
+    found = []
+    for file in events.iterdir():
+        reader = accumulator.EventAccumulator(str(file)).Reload()
+        found += [(name, s.step, s.value) for name in reader.Tags()["scalars"] for s in reader.Scalars(name)]
+    assert [e["step"] for e in log] == [1, 2, 3, 4] and "val_loss" in log[1]
+    for a, b in zip(sorted(found), sorted(expected), strict=True):
+        assert a[:2] == b[:2] and a[2] == pytest.approx(b[2], rel=1e-6)
+
+
+class FakeWandb:
+    """As much of the package as a sink uses. A run is found by its id, and takes no step twice."""
+
+    Error = RuntimeError
+
+    def __init__(self):
+        self.runs, self.configs, self.util = {}, {}, SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
+
+    def init(self, *, project, name, id, dir, config, resume, reinit):
+        assert (project, resume, reinit) == ("rcd", "allow", "finish_previous") and Path(dir).is_dir()
+        points, self.configs[id] = self.runs.setdefault((name, id), []), config
+
+        def log(values, *, step, commit):
+            assert commit and step >= run.step
+            run.step = step + 1
+            points.append({"step": step, **values})
+
+        run = SimpleNamespace(step=points[-1]["step"] + 1 if points else 0, log=log)
+        return run
+
+
+def test_wandb_gets_each_entry_once(run, monkeypatch):
+    """A resumed stage goes on in its run, also if that is ahead. A stage that starts anew gets another run."""
+    fake, options = FakeWandb(), ["--name=x", "--stage=base", "--log=wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    stopped(run, monkeypatch, signal.SIGINT, 1, *options)
+    (first,) = fake.runs
+    assert first[0] == "x/base" and fake.configs[first[1]]["batch_size"] == 6
+    ahead = {"step": 3, "loss": 0.0}  # of a process that was killed after its last save
+    fake.runs[first].append(ahead)
+    run(*options, "--resume")
+    log = log_of(Path("out/x/base"))
+    assert fake.runs[first] == [*log[:2], ahead, log[3]]
+    run(*options, "--overwrite")
+    assert len(fake.runs) == 2 and list(fake.runs.values())[1] == log_of(Path("out/x/base"))
+
+    def refuse(**_):
+        raise fake.Error("no login")
+
+    monkeypatch.setattr(fake, "init", refuse)
+    with pytest.raises(ValueError, match="^--log=wandb: no login; type `wandb login` first"):
+        run(*options, "--overwrite")
+
+
+def test_a_log_without_its_package_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^--log=wandb needs .* pip install -e '.\[wandb\]'$"):
+        run("--log=wandb")
+    with pytest.raises(ValueError, match="^log='paper': choose from tensorboard, wandb$"):
+        run("--log=paper")
+    assert not Path("out").exists()
+
+
+def test_options_of_an_earlier_run(run, monkeypatch, capsys):
+    """All are given back but those that are typed. Those of earlier versions get today's names."""
+    run("--name=a", "--stage=base", "--lr=0.02", "--seed=3", "--schedule=constant")
+    file = Path("out/a/base/train.json")
+    meta = meta_of(file.parent)
+    meta["options"] |= {"pool": meta["options"].pop("buffer"), "given": 0.0, "overwrite": True, "warmup": 0}
+    file.write_text(json.dumps(meta))
+
+    def again(*typed: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--options=a/base", *typed])
+        train.main()
+        return meta_of(Path("out/b/base"))["options"]
+
+    with pytest.raises(ValueError, match="out/a already holds base"):  # --overwrite is not given back
+        again()
+    capsys.readouterr()
+    options = again("--name=b")
+    told = [line.split(": ", 1)[1] for line in capsys.readouterr().err.splitlines() if "train.json" in line]
+    assert told == ["pool is now buffer", "no option of this version, left out: given=0.0"]
+    new = {"name": "b", "buffer": 8, "options": "a/base", "overwrite": False}
+    old = {k: v for k, v in meta["options"].items() if k not in ("pool", "given")}
+    assert options == old | new
+    assert again("--name=b", "--overwrite", "--lr=0.5")["lr"] == 0.5
+    for wrong, says in (({"lr": "fast"}, "lr='fast' is no float"), ({"resume": 0, "remat": 1}, "remat=1 is no bool")):
+        file.write_text(json.dumps(meta | {"options": meta["options"] | wrong}))
+        with pytest.raises(ValueError, match=f"^out/a/base/train.json is damaged: {says}$"):
+            again("--name=c")
+    for text, says in (("{}", "holds no options"), ("[]", "holds no JSON object")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            again("--name=c")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="has no train.json"):
+        again("--name=c")
 
 
 def test_resuming_under_other_options_is_refused(run, monkeypatch):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,18 +27,19 @@ from torch import Tensor
 import zoo
 from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
 from zoo import tokenizer
-from zoo.decoding import RENAMED, Decoding
+from zoo.decoding import RENAMED, Decoding, carry_options
 from zoo.files import load, save, write_atomic
 from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
 from zoo.tools.budget import available, memory, report_memory, shape_of
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
+from zoo.tools.sinks import SINKS
 
 # ---- Options
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
-        "test_items"}  # fmt: skip
+        "test_items", "options", "log"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
@@ -49,6 +51,29 @@ def command(resume: bool = False) -> str:
 def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
     """The options that must be equal for a resumed run to give the same weights."""
     return {k: str(v) for k, v in options.items() if k not in FREE} | {"dtype": str(dtype)}
+
+
+def options_of(name: str, *groups: type) -> dict:
+    """The options of an earlier run from its train.json, as defaults for the fields of these dataclasses.
+
+    name: a folder, a run or a model; "" = no options. A line on stderr names options which this version calls
+    otherwise, and those it does not have. Raises ValueError or OSError for what is no such file.
+    """
+    path = zoo.find(name) / "train.json" if name else None
+    stored = zoo.read_json(path).get("options") if name else {}
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it holds no options")
+    kinds = {f.name: type(f.default) for cls in groups for f in fields(cls)}
+    values, unknown = carry_options(stored), [k for k in carry_options(stored) if k not in kinds]
+    told = [f"{old} is now {new}" for old, new in RENAMED.items() if old in stored]
+    told += [f"no option of this version, left out: {k}={values[k]}" for k in unknown]
+    for line in told:
+        print(f"{path}: {line}", file=sys.stderr)
+    values = {k: v for k, v in values.items() if k not in (*unknown, "resume", "overwrite", "options")}
+    for k, v in values.items():
+        if type(v) is not kinds[k] and (type(v), kinds[k]) != (int, float):
+            raise ValueError(f"{path} is damaged: {k}={v!r} is no {kinds[k].__name__}")
+    return values
 
 
 # The largest values of what is built or run one by one, and of shares. The memory estimate bounds the rest.
@@ -72,7 +97,7 @@ def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
     """Raises ValueError for an option that is none of its choices."""
     for name, among in choices.items():
         if getattr(o, name) not in among:
-            raise ValueError(f"{name}={getattr(o, name)!r}: choose from {', '.join(among)}")
+            raise ValueError(f"{name}={getattr(o, name)!r}: choose from {', '.join(filter(None, among))}")
 
 
 def check_options(o, block_size: int) -> None:
@@ -93,6 +118,8 @@ def check_options(o, block_size: int) -> None:
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
         (o.init_from and o.stage == "base",
          "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
+        (o.log and not find_spec(o.log),
+         f"--log={o.log} needs a package that is not here: pip install -e '.[{o.log}]'"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(says)
@@ -361,14 +388,20 @@ class State:
 class Log:
     """log.jsonl of a stage. Its rates are those of the training itself: see paused()."""
 
-    def __init__(self, path: Path, step: int, tokens_per_step: int, flops_per_token: float, peak: float):
-        """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of full utilisation."""
+    def __init__(self, path: Path, step: int, tokens_per_step: int, flops_per_token: float, peak: float,
+                 options: dict):  # fmt: skip
+        """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of full utilisation.
+        options: of the run; `log` names what is fed the same entries, see SINKS."""
         self.path, self.first, self.tokens_per_step = path, step, tokens_per_step
         self.flops_per_token, self.peak, self.begin = flops_per_token, peak, time.perf_counter()
         self.total, self.count, self.shown = 0.0, 0, {}  # of the losses since the last entry; see write()
         lines = path.read_text().splitlines(True) if step and path.is_file() else []
         kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
         write_atomic(path, lambda temporary: temporary.write_text(kept))
+        sink = SINKS.get(options["log"], lambda *_: lambda entry: None)
+        self.sink = sink(path.parent, options, step > 0)
+        for line in kept.splitlines():
+            self.sink(json.loads(line))
 
     def add(self, loss: Tensor) -> None:
         self.total, self.count = self.total + loss, self.count + 1
@@ -398,6 +431,7 @@ class Log:
         """Append the entry; returns what a progress bar shows of it, and of the last validation."""
         with open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
+        self.sink(entry)
         if "val_loss" in entry:
             self.shown["val"] = f"{entry['val_loss']:g}"
         if "val_accuracy" in entry:

@@ -92,7 +92,7 @@ class Trace:
         return past
 
     def name(self, token: int) -> str:
-        """A token by itself, with spaces and line ends in sight. Bytes that are no text are in hexadecimal."""
+        """A token by itself, spaces and line ends in sight, and in hexadecimal what is no text."""
         spelled = self.tokenizer.tokens.get(token, b"?")
         try:
             return "".join(glyphs(spelled.decode("utf-8").replace(" ", "␣"), "↵"))
