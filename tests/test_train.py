@@ -241,7 +241,8 @@ class FakeWandb:
     Error = RuntimeError
 
     def __init__(self):
-        self.runs, self.configs, self.util = {}, {}, SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
+        self.runs, self.configs = {}, {}
+        self.util = SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
 
     def init(self, *, project, name, id, dir, config, resume, reinit):
         assert (project, resume, reinit) == ("rcd", "allow", "finish_previous") and Path(dir).is_dir()
@@ -257,7 +258,7 @@ class FakeWandb:
 
 
 def test_wandb_gets_each_entry_once(run, monkeypatch):
-    """A resumed stage goes on in its run, also if that is ahead. A stage that starts anew gets another run."""
+    """A resumed stage goes on in its run, also if that is ahead. A stage that starts anew gets another."""
     fake, options = FakeWandb(), ["--name=x", "--stage=base", "--log=wandb"]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(training, "find_spec", lambda name: name)
@@ -312,7 +313,7 @@ def test_options_of_an_earlier_run(run, monkeypatch, capsys):
     old = {k: v for k, v in meta["options"].items() if k not in ("pool", "given")}
     assert options == old | new
     assert again("--name=b", "--overwrite", "--lr=0.5")["lr"] == 0.5
-    for wrong, says in (({"lr": "fast"}, "lr='fast' is no float"), ({"resume": 0, "remat": 1}, "remat=1 is no bool")):
+    for wrong, says in (({"lr": "fast"}, "lr='fast' is no float"), ({"remat": 1}, "remat=1 is no bool")):
         file.write_text(json.dumps(meta | {"options": meta["options"] | wrong}))
         with pytest.raises(ValueError, match=f"^out/a/base/train.json is damaged: {says}$"):
             again("--name=c")
