@@ -242,7 +242,6 @@ class FakeWandb:
 
     def __init__(self):
         self.runs, self.configs = {}, {}
-        self.util = SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
 
     def init(self, *, project, name, id, dir, config, resume, reinit):
         assert (project, resume, reinit) == ("rcd", "allow", "finish_previous") and Path(dir).is_dir()

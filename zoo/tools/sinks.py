@@ -4,6 +4,7 @@ The log stays the one record. A sink is opened when a stage begins or goes on. I
 the log holds by then, and each new one as it is written. So it holds what the log holds, and nothing twice.
 """
 
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,13 +41,13 @@ def wandb(folder: Path, options: dict, resumed: bool) -> Sink:
 
     file = folder / "wandb.txt"
     if not (resumed and file.is_file()):
-        write_atomic(file, lambda path: path.write_text(wandb.util.generate_id()))
+        write_atomic(file, lambda path: path.write_text(secrets.token_hex(8)))
     try:
         run = wandb.init(project="rcd", name=f"{folder.parent.name}/{folder.name}", id=file.read_text(),
                          dir=folder, config=options, resume="allow", reinit="finish_previous")  # fmt: skip
     except wandb.Error as error:
         remedy = "type `wandb login` first, or set WANDB_MODE=offline"
-        raise ValueError(f"--log=wandb: {error}; {remedy}") from None
+        raise ValueError(f"--log=wandb: {str(error).rstrip('.')}; {remedy}") from None
     first = run.step  # the first step that it does not have yet
 
     def sink(entry: dict) -> None:
