@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Callable, Iterator
 
-from zoo.tools.viewers import Picture, Trace, columns, glyphs
+from zoo.tools.viewers import Picture, Trace, columns_of, glyphs
 
 WIDE, HIGH, EDGE = 9, 21, 16  # pixels of the moving picture: a column, a line, the margin
 STYLE = """
@@ -41,7 +41,7 @@ def animation(traces: list[Trace], layout: Callable[[str], str], budget: int) ->
     body, moves, at = [], {}, [k * pause for k in range(len(frames))]
     at.append(at[-1] + 4)
     for (row, column, glyph, style), spans in seen.items():
-        x, y, width = EDGE + WIDE * column, EDGE + HIGH * row, WIDE * columns(glyph)
+        x, y, width = EDGE + WIDE * column, EDGE + HIGH * row, WIDE * columns_of(glyph)
         colour = f"c{style.split(';')[-1]}" if style else ""
         for begin, end in spans:
             span, inverted = f"s{begin}-{end}", style.startswith("7;")
@@ -84,7 +84,7 @@ def painted(lines: list[str]) -> Iterator[tuple[int, int, str, str]]:
             for glyph in glyphs(part, ""):
                 if glyph != " " or style:
                     yield row, column, glyph, style
-                column += columns(glyph)
+                column += columns_of(glyph)
 
 
 def rgb(code: int, white: float) -> str:

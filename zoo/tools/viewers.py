@@ -127,7 +127,7 @@ def glyphs(text: str, newline: str) -> list[str]:
     return out
 
 
-def columns(glyph: str) -> int:
+def columns_of(glyph: str) -> int:
     """How many columns of a terminal it takes."""
     return 2 if unicodedata.east_asian_width(glyph[0]) in "WF" else 1
 
@@ -165,12 +165,12 @@ class Picture:
                 inverted = 7 * (trace.committed_at[i] == len(trace.steps))
                 cell, style = glyphs(pieces[i], newline), f"{inverted};38;5;{colour}"
             for glyph in cell:
-                if glyph == "\n" or width and used + columns(glyph) > width:
+                if glyph == "\n" or width and used + columns_of(glyph) > width:
                     out[-1] += " " * (width - used)
                     out, used = [*out, ""], 0
                 if glyph != "\n":
                     out[-1] += glyph if self.plain or not style else f"\x1b[{style}m{glyph}\x1b[0m"
-                    used += columns(glyph)
+                    used += columns_of(glyph)
         return [*out[:-1], out[-1] + " " * (width - used)]
 
     def body(self, traces: list[Trace]) -> list[str]:
