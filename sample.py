@@ -10,6 +10,11 @@ alpha, the weight of the residual that they carry. One line of text per step whe
 --plain and with NO_COLOR. The answer of a chat model, or of any that was not trained here, is text that
 appears block by block, with the numbers on stderr; --no-stream shows its steps instead.
 
+--prompts fills a file of prompts, one JSON object a line ({"prompt": "..."}, perhaps with a "seed"), and
+writes a record of each to --out. The same command goes on where a run was killed. Where nothing is drawn at
+random, lines of like length share a batch; else only the --num_samples of a line do, on the line's own seed,
+so that what a line gets does not depend on the others.
+
 --eval prints accuracy against forward passes instead: on the test split of a data set, or on a file with a
 puzzle per line (the canvas with "_" for the cells to fill, white space, its solution).
 
@@ -22,6 +27,7 @@ Examples:
   python sample.py --steps 8 --compare --html run.html  and as a page that plays (--svg: a moving picture)
   python sample.py --prompt puzzle.txt                  a puzzle of your own, "_" or "." for an empty cell
   python sample.py --eval sudoku --plot curve.png       accuracy against forward passes
+  python sample.py --prompts in.jsonl --out out.jsonl   a file of prompts
   python sample.py --model JetLM/SDAR-1.7B-Chat --prompt "Why is the sky blue?"
 """
 
@@ -34,7 +40,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,13 +48,14 @@ import torch
 
 import data
 import zoo
-from data.canvases import Puzzles, canvases, task_of
+from data.canvases import Puzzles, canvas_of, canvases, task_of
 from rcd import Step, Transformer, denoise
-from zoo.decoding import Carry, Decoding, carry_options
+from zoo.decoding import Carry, Decoding
 from zoo.files import write_atomic
+from zoo.tools import volume
 from zoo.tools.animation import animation
 from zoo.tools.command import arguments, autocast, pick_device, run
-from zoo.tools.evaluate import Setting, evaluate, plot, sweep, table
+from zoo.tools.evaluate import Setting, evaluate, load_reference, plot, recommended, sweep, table
 from zoo.tools.viewers import Stream, Terminal, Trace, Watched, page
 
 
@@ -59,9 +66,11 @@ class Options:
     model: str = "sudoku/target"  # run folder, name of a run under out/ or of a model in zoo/, or id on the
     # Hugging Face hub
     prompt: str = ""  # a text, a file, or - for stdin
+    prompts: str = ""  # a file of prompts, one JSON object a line; instead of sampling to the screen
+    out: str = ""  # --prompts: the file of records, one JSON object a line
     infill: str = ""  # a character of the prompt that stands for one masked token
     max_new: int = 0  # tokens to add to a prompt without masks; 0 = as many as the canvas holds, at most 256
-    num_samples: int = 1  # how many canvases
+    num_samples: int = 1  # how many canvases; --prompts: of each line
     batch_size: int = 16  # canvases that are filled at once (--eval: eight times as many)
     reference: str = ""  # the model of --start=warm and of --compare; default: the one that train.json names
     compare: bool = False  # SeqD and RCD side by side on the same canvas
@@ -73,7 +82,7 @@ class Options:
     # on a file of puzzles
     limit: int = 200  # --eval: only the first canvases, so many
     plot: str = ""  # --eval: also draw the table into this file (PNG, SVG or PDF)
-    seed: int = 1337  # of the examples and of every random draw
+    seed: int = 1337  # of the examples and of every random draw; --prompts: plus the number of the line
     compile: bool = False  # torch.compile the models: a minute or so first, then quicker steps; on CUDA it
     # implies --fixed_shapes and captures CUDA graphs
     device: str = ""  # cuda | mps | cpu; default: the best one found
@@ -87,7 +96,13 @@ class Options:
             raise ValueError(f"num_samples={self.num_samples} must be at most 10,000: all are made first")
         if len(self.infill) > 1:
             raise ValueError(f"infill={self.infill!r} must be one character")
-        for path in (self.html, self.svg, self.plot):
+        if bool(self.prompts) != bool(self.out):
+            raise ValueError("--prompts=FILE and --out=FILE belong together")
+        if self.prompts and (self.prompt or self.eval or self.compare or self.html or self.svg):
+            raise ValueError("--prompts excludes --prompt, --eval, --compare, --html and --svg")
+        if self.prompts and Path(self.out).resolve() == Path(self.prompts).resolve():
+            raise ValueError(f"--out={self.out} would overwrite the prompts")
+        for path in (self.html, self.svg, self.plot, self.out):
             if path and not Path(path).parent.is_dir():
                 raise ValueError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
@@ -138,6 +153,8 @@ def main() -> None:
         return
 
     settings = [Setting("RCD" if carries else "SeqD", loaded.model, warm, sampler, residual)]
+    if o.prompts:
+        return fill_file(o, settings[0], loaded, task, dtype)
     if o.compare:
         label = f"SeqD ({'same weights' if seqd is loaded else 'reference'})"
         plain, carried = replace(sampler, carry="none"), replace(sampler, carry="residual")
@@ -211,27 +228,22 @@ def watch(o: Options, settings: list[Setting], loaded: zoo.Loaded, task: data.Da
         write_atomic(Path(o.svg), lambda path: path.write_text(picture, encoding="utf-8"))
 
 
-def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
-    """Defaults for what was not typed: what the model's makers recommend, and the rule that is implied."""
-    carry = "residual" if loaded.meta.get("stage") == "target" else "none"
-    values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
-    rules = {"threshold": "threshold", "entropy_bound": "entropy-bounded", "steps": "static"}
-    implied = [rule for name, rule in rules.items() if name in typed]
-    return {**values, "steps": 0, "rule": implied[0]} if implied else values
-
-
-def load_reference(loaded: zoo.Loaded, typed: str, device: torch.device,
-                   dtype: torch.dtype | None) -> zoo.Loaded | None:  # fmt: skip
-    """The model that --reference names, else the one in train.json: a path from the run folder, or a name."""
-    named = typed or loaded.meta.get("reference") or ""
-    place = Path(os.path.normpath(named if typed else loaded.folder / named))
-    if not named or named.startswith("..") and not place.is_dir():
-        return None
-    reference = zoo.load(place if place.is_dir() else named, device, dtype)
-    if reference.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
-        other = f"has another tokenizer than the model {loaded.folder}"
-        raise ValueError(f"the reference {reference.folder} {other}")
-    return reference
+def fill_file(o: Options, setting: Setting, loaded: zoo.Loaded, task: data.Dataset,
+              dtype: torch.dtype) -> None:  # fmt: skip
+    """Fill the prompts of a file and write their records."""
+    lines, block = [], setting.sampler.block_size
+    for number, given in enumerate(volume.read_prompts(o.prompts), 1):
+        try:
+            canvas, begin = canvas_of(given["prompt"], loaded, task, o.infill, o.max_new, block)
+        except ValueError as error:
+            raise ValueError(f"{o.prompts}, line {number}: {error}") from None
+        lines.append(volume.Line(given, canvas, begin, given.get("seed", o.seed + number)))
+    settings = {"model": o.model, "max_new": o.max_new, "infill": o.infill, "dtype": str(dtype)[6:],
+                **asdict(setting.sampler), **asdict(setting.residual)}  # fmt: skip
+    records = volume.run_file(setting, lines, o.num_samples, o.batch_size, dtype, loaded.tokenizer, settings,
+                              Path(o.out))  # fmt: skip
+    tokens, nfe = (sum(r[name] for r in records) for name in ("tokens", "nfe"))
+    print(f"{len(records)} responses, {tokens} tokens, {nfe} NFE, {tokens / nfe:.2f} tokens/step -> {o.out}")
 
 
 def compiled(models: set[Transformer], sampler: Decoding, device: torch.device) -> Decoding:

@@ -39,12 +39,21 @@ def canvases(loaded: Loaded, task: data.Dataset, prompt: str, infill: str, count
     the prompt, to be completed where it has masks (see encode), else continued by max_new tokens (0 = as many
     as there is room for, at most 256). Raises ValueError for a prompt that does not fit the model.
     """
-    c, grid = loaded.model.config, task.layout is not str
     if not prompt and task.check:
         tokens, response = examples(loaded, task.name, count, seed)
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        return torch.from_numpy(np.where(response, c.mask_id, tokens)), lengths, tokens
-    text = read_prompt(prompt)
+        return torch.from_numpy(np.where(response, loaded.model.config.mask_id, tokens)), lengths, tokens
+    ids, _ = canvas_of(read_prompt(prompt), loaded, task, infill, max_new, block_size)
+    return torch.tensor([ids] * count), torch.full((count,), len(ids)), None
+
+
+def canvas_of(text: str, loaded: Loaded, task: data.Dataset, infill: str, max_new: int,
+              block_size: int) -> tuple[list[int], int | None]:  # fmt: skip
+    """The canvas (T,) of a prompt, and where its response begins; None if the prompt itself has masks.
+
+    max_new and ValueError: see canvases().
+    """
+    c, grid = loaded.model.config, task.layout is not str
     ids, length = encode(text, loaded, infill), loaded.meta.get("length") or c.max_len
     if not ids and (grid or c.logit_shift or loaded.template):
         given = "--prompt=TEXT, a file, or - for stdin"
@@ -53,7 +62,7 @@ def canvases(loaded: Loaded, task: data.Dataset, prompt: str, infill: str, count
         cells = f"{len(ids)} cells, {ids.count(c.mask_id)} to fill (_)"
         raise ValueError(f"the prompt has {cells}: a canvas of this model has {length}")
     if c.mask_id in ids:
-        return torch.tensor([ids] * count), torch.full((count,), len(ids)), None
+        return ids, None
     if loaded.template:
         ids = encode_chat(loaded.tokenizer, loaded.template, [{"role": "user", "content": text}])
     block = (block_size or c.block_size) if c.block_size else 1
@@ -61,7 +70,8 @@ def canvases(loaded: Loaded, task: data.Dataset, prompt: str, infill: str, count
     if room < max(max_new, 1):
         left = f"a prompt of {len(ids)} tokens leaves room for {max(room, 0)} in a canvas of {length}"
         raise ValueError(f"{left}: shorten it, or --max_new")
-    return *canvas_for(c, [ids] * count, max_new or min(room, 256), block_size), None
+    canvas, _ = canvas_for(c, [ids], max_new or min(room, 256), block_size)
+    return canvas[0].tolist(), len(ids)
 
 
 def examples(loaded: Loaded, name: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

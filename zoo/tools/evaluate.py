@@ -1,6 +1,7 @@
 """Accuracy against forward passes: fill the canvases of a data set under many settings; table and plot."""
 
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import zoo
 from rcd import Residual, Sampler, Transformer, denoise
-from zoo.decoding import Decoding
+from zoo.decoding import Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
 from zoo.tools.command import autocast
@@ -25,6 +27,29 @@ class Setting(NamedTuple):
     reference: Transformer | None  # of start=warm
     sampler: Sampler
     residual: Residual
+
+
+def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
+    """Defaults for what was not typed: what the model's makers recommend, and the rule that is implied."""
+    carry = "residual" if loaded.meta.get("stage") == "target" else "none"
+    values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
+    rules = {"threshold": "threshold", "entropy_bound": "entropy-bounded", "steps": "static"}
+    implied = [rule for name, rule in rules.items() if name in typed]
+    return {**values, "steps": 0, "rule": implied[0]} if implied else values
+
+
+def load_reference(loaded: zoo.Loaded, typed: str, device: torch.device,
+                   dtype: torch.dtype | None) -> zoo.Loaded | None:  # fmt: skip
+    """The model that --reference names, else the one in train.json: a path from the run folder, or a name."""
+    named = typed or loaded.meta.get("reference") or ""
+    place = Path(os.path.normpath(named if typed else loaded.folder / named))
+    if not named or named.startswith("..") and not place.is_dir():
+        return None
+    reference = zoo.load(place if place.is_dir() else named, device, dtype)
+    if reference.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        other = f"has another tokenizer than the model {loaded.folder}"
+        raise ValueError(f"the reference {reference.folder} {other}")
+    return reference
 
 
 def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: int, dtype: torch.dtype,
