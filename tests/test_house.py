@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = [*ROOT.glob("*.py"), *ROOT.glob("zoo/**/*.py"), *ROOT.glob("data/**/*.py")]
 FLOORS = ["rcd", "zoo", "zoo.tools", "data", "scripts"]  # imports go down
 PACKAGES = {"torch", "numpy", "tiktoken", "tiktoken_ext", "huggingface_hub", "safetensors", "tqdm"}
-EXTRAS = {"matplotlib", "pyarrow", "wandb"}  # optional: imported in the functions that need them
+EXTRAS = {"matplotlib", "pyarrow", "wandb", "lm_eval"}  # optional: imported in the functions that need them
 NAMES = {*"think pool terms coins doubt race View Sees weigh alone parts spare_rows".split()}
 ALLOWED = {  # exceptions, each with its reason
     ("data.sums.prepare", "terms"),  # a sum has terms

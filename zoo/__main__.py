@@ -1,6 +1,7 @@
-"""What models there are, and whether a folder is one.
+"""What models there are, whether a folder is one, and how one is published.
 
     python -m zoo list | info NAME | download NAME [--revision REV] | check FOLDER
+    python -m zoo push FOLDER you/name --license NAME [--public] [--dry_run]
 """
 
 import argparse
@@ -117,6 +118,19 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder} has no tokenizer: the weights are complete, but the model cannot be used")
 
 
+def push(folder: Path, repo: str, licence: str, public: bool, dry_run: bool) -> None:
+    """Write the card if there is none, then upload the folder as one commit, private unless public."""
+    from zoo.card import write_card
+    from zoo.hub import push_to_hub
+
+    zoo.read_json(folder / "config.json")
+    there = (folder / "README.md").is_file()
+    path = write_card(folder, repo, licence)
+    print(f"card      {path}{' (as it was: delete it for a new one)' if there else ''}")
+    if not dry_run:
+        print(f"uploaded  {push_to_hub(folder, repo, private=not public)}")
+
+
 def answer(args: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises ValueError or OSError in one line."""
     if args.command == "list":
@@ -127,11 +141,13 @@ def answer(args: argparse.Namespace) -> None:
         from zoo.hub import download
 
         print(download(args.name, args.revision))
-    elif Path(args.folder).is_dir() or args.folder in zoo.names():
-        check(zoo.find(args.folder))
-    else:
+    elif not Path(args.folder).is_dir() and args.folder not in zoo.names():
         here = "no such model on this machine (download fetches one from the hub)"
         raise FileNotFoundError(f"no folder {args.folder}, and {here}")
+    elif args.command == "push":
+        push(zoo.find(args.folder), args.repo, args.license, args.public, args.dry_run)
+    else:
+        check(zoo.find(args.folder))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,6 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     about = "verify a folder, or a model on this machine, without loading it"
     verify = commands.add_parser("check", help=about)
     verify.add_argument("folder")
+    about = "write a model card and upload a folder, or a model on this machine, to the hub"
+    publish = commands.add_parser("push", help=about)
+    publish.add_argument("folder")
+    publish.add_argument("repo", metavar="you/name")
+    publish.add_argument("--license", default="", help="by its name on the hub; a converted model has its "
+                         "origin's. Needed where the folder has no README.md yet")  # fmt: skip
+    publish.add_argument("--public", action="store_true", help="a new repository is public, not private")
+    publish.add_argument("--dry_run", action="store_true", help="write the card, README.md, and stop there")
     args = parser.parse_args(argv)
     run(lambda: answer(args))
 
