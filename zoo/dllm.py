@@ -3,9 +3,11 @@ models.
 
 mdlm is bidirectional, bd3lm block-causal; no logit shift. Both have the same model_type: the name tells them
 apart. bd3lm was trained on blocks of 32 from position 0, and sampling here counts them so too: a prompt may
-end inside a block. The authors' sampler pads the longest prompt on the left to whole blocks. Its blocks
-therefore end elsewhere in the text, in a batch even depending on the other prompts. The logits agree only if
-a prompt fills its blocks. Decoding: one token a step, as in their results.
+end inside a block. Decoding: one token a step, as in their results.
+
+The authors' sampler pads the longest prompt on the left to whole blocks; that is left out. Its blocks end
+elsewhere in the text than those of training, and what a prompt gets depends on the longest one of its batch:
+here rows are independent. The logits agree where a prompt fills its blocks.
 """
 
 from zoo.family import Family, Plan, Settings, Source, standard_config, standard_name

@@ -9,12 +9,16 @@ its head. Its files disagree about the padding id; padding is never read.
 At temperature 0 the tokens are those of the authors' loop. Three things differ. The last sub-block of an
 answer is finished after an end token (the text is the same). Above temperature 0 the first token of a block
 is drawn like the others (theirs stays argmax). A prompt of exactly 32 tokens is read (theirs is not).
+
+Training: v2 draws t per block (train.py --t_per=block), sees every batch twice with complementary masks, and
+weighs all masks alike. The last two are complementary_loss below, a loss for your own loop: it has no 1/t, so
+it is no bound on -log p, and the stages of train.py keep the bound.
 """
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from rcd import Config, Reader, Transformer
+from rcd import Config, Context, Reader, Transformer, diffusion_loss
 from zoo.family import Family, Plan, Settings, Source, standard_config, standard_name
 
 
@@ -52,6 +56,20 @@ def sub_blocks(at: Tensor, b: int, size: int, c: Config) -> tuple[Tensor, int]:
     size, first = min(size, b), int(c.block_size > 0 and c.logit_shift)
     per_block = -(-b // size) + first
     return at // b * per_block + at % b // size + first * (at % b > 0), per_block
+
+
+def complementary_loss(model: Transformer, tokens: Tensor, response: Tensor, positions: Tensor | None = None,
+                       *, t: Tensor, context: Context | None = None,
+                       generator: Generator | None = None) -> Tensor:  # fmt: skip
+    """Fast-dLLM v2's loss (arXiv 2509.26328): the batch and, beside it, a copy in which exactly the other
+    response tokens are masked. So each is predicted once: the mean of all -log p, in nats per response token.
+
+    Arguments as in rcd.diffusion_loss; t (B, 1) or (B, T), from zoo.recipes.noise_levels for one per block.
+    """
+    masked = torch.rand(tokens.shape, generator=generator, device=tokens.device) < t  # (B, T)
+    both = [x if x is None else x.repeat(2, 1) for x in (tokens, response, positions)]  # (2B, T) each
+    t = torch.cat([masked, ~masked]).float()  # the noise level of a token: 1 masks it, 0 never does
+    return 2 * diffusion_loss(model, *both, context=context, t=t, generator=generator)
 
 
 def plan(s: Settings, source: Source) -> Plan:

@@ -5,9 +5,12 @@ first half of each head. The first layer is dense; each other layer has 256 expe
 router (zoo/experts.py), and a shared one.
 
 The masks of an unfinished block see one another and the past only. So the exact cache works, though the
-authors' code has none. Decoding: threshold 0.95, the authors' default. LLaDA2.1 loads, and is sampled in the
-same way: its editing of committed tokens is left out. In this sampler a committed token stays, and the
-residual and the viewers rest on that.
+authors' code has none. Decoding: threshold 0.95, the authors' default.
+
+LLaDA2.1 loads, and is sampled in the same way. Its editing, a second threshold above which a token that is
+committed already is replaced, is left out. It reads logits at cells that are no masks, and a loop that may
+undo what it did: the loop of rcd.py, Algorithm 2, reads masks and only ever commits. And what an edited cell
+would carry is not defined: Eq. 2 mixes a residual into [MASK] embeddings alone.
 """
 
 import re

@@ -1,0 +1,53 @@
+"""zoo/fastdllm.py: the loss of two complementary copies, beside cross_entropy over both."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rcd
+from zoo.fastdllm import complementary_loss
+from zoo.recipes import document_positions, noise_levels
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"block_size": 4}, {"block_size": 4, "logit_shift": True}])
+def test_it_is_the_mean_over_the_masked_labels_of_both_copies(tiny, kind, packed):
+    """As in transformers: labels of -100 where nothing is masked, and the mean over all the others."""
+    model, g, T = tiny(**kind), torch.Generator().manual_seed(1), 12
+    tokens, response = torch.randint(11, (5, T), generator=g), torch.rand(5, T, generator=g) < 0.8
+    positions = document_positions(torch.tensor([[1] * 8 + [2] * 4] * 5)) if packed else None
+    column = torch.arange(T).expand(5, T) if positions is None else positions
+    t = noise_levels(column, 4, g)
+    masked = torch.rand(5, T, generator=torch.Generator().manual_seed(2)) < t
+    learned = response & (column > 0) if "logit_shift" in kind else response
+    logits, labels = [], []
+    for copy in (masked, ~masked):
+        x = torch.where(copy & learned, model.config.mask_id, tokens)
+        hidden = rcd.denoiser_hidden(model, model.embed_tokens(x), tokens, positions)
+        if "logit_shift" in kind:
+            hidden = hidden.roll(1, dims=1)  # row i - 1 predicts token i
+        logits.append(model.logits(hidden.flatten(0, 1)))
+        labels.append(torch.where(copy & learned, tokens, -100).flatten())
+    labels = torch.cat(labels)
+    assert (labels != -100).sum() == learned.sum()  # each token once
+    expected = F.cross_entropy(torch.cat(logits), labels)
+    given = dict(t=t, generator=torch.Generator().manual_seed(2))
+    loss = complementary_loss(model, tokens, response, positions, **given)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    a, b = (torch.autograd.grad(x, model.layers[0].mlp.up_proj.weight)[0] for x in (loss, expected))
+    assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_context_reads_both_copies(tiny):
+    model, tokens = tiny(), torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def context(model, n):
+        seen.append(n)
+        return rcd.reference_context(model, rcd.Residual())(model, n)
+
+    complementary_loss(model, tokens, torch.ones_like(tokens, dtype=torch.bool), t=torch.full((3, 1), 0.3),
+                       context=context, generator=torch.Generator().manual_seed(2))  # fmt: skip
+    (noised,) = seen
+    first, second = (noised.x == 11).chunk(2)
+    assert torch.equal(first, ~second) and first.any() and second.any()
