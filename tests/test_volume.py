@@ -136,7 +136,8 @@ def test_a_killed_process_goes_on(model, tmp_path, monkeypatch):
 
 
 def test_a_seed_decides_what_its_line_gets(cli):
-    """Samples differ. The same line in another file, at another place, gets the same ones."""
+    """Samples differ, and those of another seed too. The same line in another file, at another place, gets
+    the same ones."""
     options = ("--max_new=16", "--temperature=1", "--num_samples=5", "--batch_size=3")
     write(PROMPTS[:3], seed=[7, 8, 7])
     cli(*options)
@@ -145,10 +146,11 @@ def test_a_seed_decides_what_its_line_gets(cli):
     assert [r["sample"] for r in first] == [1, 2, 3, 4, 5] * 3
     assert all(len({*responses}) > 1 for responses in by_line) and by_line[0] != by_line[2]
     Path("out.jsonl").unlink()
-    write(["other", *PROMPTS[2::-1]], seed=[1, 7, 8, 7])
+    write([PROMPTS[0], *PROMPTS[2::-1]], seed=[1, 7, 8, 7])
     cli(*options)
     second = records(("seconds", "line"))
     assert second[5:] == [*first[10:], *first[5:10], *first[:5]]
+    assert {r["response"] for r in second[:5]}.isdisjoint(r["response"] for r in first)
     # A batch that was written in part is drawn again, to the same end.
     lines = Path("out.jsonl").read_bytes().splitlines(keepends=True)
     Path("out.jsonl").write_bytes(b"".join(lines[:1] + lines[6:9]))
