@@ -14,6 +14,7 @@ from conftest import tiny_model
 
 import rcd
 from zoo import files
+from zoo.templates import encode_chat
 from zoo.tokenizer import bytes_tokenizer
 from zoo.tools import command, harness
 
@@ -216,13 +217,29 @@ def test_long_texts_windows_and_batches(tasks, folder):
     ({"threshold": 7}, "threshold=7.0 must lie in"), ({"batch_size": "auto"}, "batch_size"),
     ({"draws": 0}, "draws=0"),
 ])  # fmt: skip
-def test_a_wrong_model_argument_is_one_line(folder, capsys, monkeypatch, given, says):
-    pytest.importorskip("lm_eval")
+def test_a_wrong_model_argument_is_one_line(folder, capsys, given, says):
     args = {"pretrained": str(folder), "device": "cpu", **given}
     with pytest.raises(SystemExit) as end:
         command.run(lambda: harness.Harness.create_from_arg_obj(args))
     err = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and err[-1].startswith("error: ") and says in err[-1]
+
+
+def test_a_conversation_is_the_templates(tmp_path, tiny):
+    """The text that lm_eval passes on becomes the tokens that the template writes itself."""
+    tokenizer = bytes_tokenizer(["<eos>", "<mask>", "<|im_start|>", "<|im_end|>"])
+    files.save(tiny(vocab_size=260, mask_id=257), tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "train.json").write_text('{"stage": "target", "template": "qwen3"}')
+    model = harness.Harness.create_from_arg_obj({"pretrained": str(tmp_path), "device": "cpu"})
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
+    text = model.apply_chat_template(history)
+    assert model.encode(text) == encode_chat(tokenizer, "qwen3", history) and 258 in model.encode(text)
+    begun = [*history, {"role": "assistant", "content": "It is"}]
+    open_end = model.apply_chat_template(begun, add_generation_prompt=False)
+    assert open_end.endswith("<think>\n\n</think>\n\nIt is") and open_end.startswith(text)
+    with pytest.raises(ValueError, match="a message is"):
+        model.apply_chat_template([{"role": "cat", "content": "miaow"}])
 
 
 def test_the_command_line(tasks, folder, monkeypatch, capsys):
