@@ -384,6 +384,7 @@ class Candidates(NamedTuple):
     quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, rounded up
     logits: Tensor | None  # (N, V)
     generator: Generator | None
+    read: "Reader | None" = None  # what read them; a rule that looks back keeps its notes there (zoo/rivals)
     def rank(self, score: Tensor) -> Tensor:
         """score (N,) -> rank (N,): 0 for the best cell of each row, 1 for the second, ..."""
         order = score.argsort(descending=True, stable=True)
@@ -486,8 +487,8 @@ class Reader:
         if self.cache:
             written = positions.masked_fill(positions < oldest[:, None], -1)
             self.cache.rows, self.cache.positions, self.cache.stop = rows.to(device), written.to(device), keys
-        hidden = model(x, at.to(device), mask, self.cache)  # (n, W, D)
-        return model.logits(model.predicting(hidden, in_window))
+        self.hidden = model.predicting(model(x, at.to(device), mask, self.cache), in_window)  # (N, D)
+        return model.logits(self.hidden)
 
 def step_budget(masks: list[int], steps: int) -> list[int]:
     """Share steps out over blocks with so many masks: in proportion, at least 1, at most one per mask."""
@@ -534,8 +535,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
 
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
     change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
-    what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model.
-    """
+    what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
     lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
     for m in (model, reference) if s.carry == "residual" and s.start == "warm" else (model,):
@@ -563,7 +563,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
             masks = cells[:, 0].bincount(minlength=len(nfe))  # (B,) still masked
             quota = -(-masks // steps_left.clamp(min=1))  # rounded up
-            commit = RULES[s.rule](Candidates(*cells.unbind(1), confidence, quota, logits, generator), s)
+            commit = RULES[s.rule](Candidates(*cells.T, confidence, quota, logits, generator, read), s)
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)
             cells, left, steps_left = cells[~commit], (~commit).nonzero()[:, 0].to(E.device), steps_left - 1

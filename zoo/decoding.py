@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from rcd import (RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, Transformer, by_rows, check,
                  softmax, tile)  # fmt: skip
-from zoo import dream, fastdllm, llada, speed
+from zoo import dream, fastdllm, llada, rivals, speed
 
 CACHES = {"exact": Reader, "prefix": fastdllm.PrefixCache, "dual": fastdllm.DualCache}
 
@@ -47,6 +47,7 @@ RULES |= {
     "entropy-bounded": entropy_bounded,
     "lowest-entropy": dream.lowest_entropy,
     "margin": dream.margin,
+    **rivals.RULES,
 }
 WEIGHTS |= {
     "1-entropy": lambda z, p, r: 1 - WEIGHTS["entropy"](z, p, r),
@@ -61,8 +62,13 @@ class Decoding(Sampler):
     """How a canvas is denoised: the commit rule, the carry, the first residual, the draw, the cache"""
 
     rule: str = "static"  # what to commit: static (the most confident, on a step budget) | threshold |
-    # entropy-bounded | lowest-entropy | margin | random | left-to-right (the last four on a step budget)
+    # entropy-bounded | lowest-entropy | margin | random | left-to-right (the last four on a step budget) |
+    # factor | klass | r2 | r2-spatial | r2-temporal | wino (zoo/rivals)
     entropy_bound: float = 0.1  # rule=entropy-bounded: the k surest with H_1 + ... + H_(k-1) <= this, in nats
+    factor: float = 1.0  # rule=factor: the n surest with (n + 1)(1 - c_n) < this
+    kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats
+    rescue: float = 0.8  # rule=r2: confidence of a window, of a run or of a stable cell that is enough
+    revoke: float = 0.9  # rule=wino: a filled cell must keep this much p
     start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's) | self (its own) |
     # dirichlet (of a random p)
     self_passes: int = 1  # passes of start=self, each on the residual of the one before; none commits
@@ -81,7 +87,8 @@ class Decoding(Sampler):
     def __post_init__(self):
         super().__post_init__()
         check(self.cache in CACHES, f"cache={self.cache!r}: choose from {', '.join(CACHES)}")
-        for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound"):
+        for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound",
+                     "factor", "kl_bound", "rescue", "revoke"):  # fmt: skip
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
         passes = self.self_passes
@@ -95,10 +102,10 @@ class Decoding(Sampler):
         check(exact, f"cache={self.cache}: a block-causal model's cache is exact, choose cache=exact")
         kind = speed.fixed_shapes(CACHES[self.cache]) if self.fixed_shapes else CACHES[self.cache]
         read = kind(model, tokens, lengths, b)
-        if not self.guidance:
-            return read
-        prompt = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~fill  # (B, T)
-        return llada.Guided(read, kind(model, tokens, lengths, b), prompt, self.guidance)
+        if self.guidance:
+            prompt = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~fill  # (B, T)
+            read = llada.Guided(read, kind(model, tokens, lengths, b), prompt, self.guidance)
+        return rivals.NOTES[self.rule](read, self) if self.rule in rivals.NOTES else read
 
     def start_readers(self, read: Reader, reference: Transformer | None, generator: Generator | None) -> list:
         if self.start == "self":
