@@ -34,9 +34,9 @@ from torch import Generator, Tensor
 
 import data
 import zoo
-from rcd import Sampler, diffusion_loss, earlier_context, maskable, reference_context
-from zoo import speed
-from zoo.decoding import Carry
+from rcd import diffusion_loss, earlier_context, maskable, reference_context
+from zoo import rivals, speed
+from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
 from zoo.recipes import Trajectories, sometimes_absent
 from zoo.tools import training
@@ -58,9 +58,10 @@ class Train:
     stage: str = "all"  # base | reference | target | all
     recipe: str = ""  # whose residual stage 2 reads: paper (Algorithm 1: the frozen reference's) | earlier
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
+    # or another paper's carry: soft-mask | loopholing | relay | gemma | scmdm (zoo/rivals);
     # default: trajectory below 64 tokens to fill, else earlier
-    absent: float = 0.0  # recipes paper and earlier: share of rows without a residual, as in a cold start;
-    # default of earlier: 0.3
+    absent: float = 0.0  # all recipes but trajectory: share of rows without a residual, as in a cold start;
+    # default of earlier: 0.3, of another paper's: its own
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
@@ -119,6 +120,7 @@ RECIPES = {
     "trajectory": {"weight": "fixed", "fixed": 0.5},
     "paper": {"weight": "entropy"},
     "earlier": {"weight": "fixed", "fixed": 0.5},
+    **rivals.RECIPES,
 }
 
 
@@ -130,7 +132,7 @@ def implied(typed: dict, dataset: data.Dataset) -> dict:
     response = dataset.response("train")
     short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
-    absent, test_items = 0.3 * (recipe == "earlier"), 500 if short else 16
+    absent, test_items = (rivals.ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
 
 
@@ -173,6 +175,8 @@ def train_stage(stage: str, r: Run) -> None:
         context = reference_context(reference, r.residual)
     elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
         context = earlier_context(r.residual)
+    elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
+        context = rivals.carries.context_of(recipe, r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
         packed = dataset.segments("train") is not None
         trajectories = [Trajectories(model.config, n, length, device, packed, o.window)
@@ -213,7 +217,7 @@ def train_stage(stage: str, r: Run) -> None:
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
     log = Log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak, meta["options"])
-    sampler = Sampler(rule="threshold", carry="residual" if stage == "target" else "none")
+    sampler = Decoding(rule="threshold", carry="residual" if stage == "target" else "none")
 
     with Stop() as stop, progress(steps, stage, "steps", initial=state.step) as bar:
         while state.step < steps and not stop.asked:

@@ -54,6 +54,7 @@ WEIGHTS |= {
     "1-confidence": lambda z, p, r: 1 - WEIGHTS["confidence"](z, p, r),
     "one": lambda z, p, r: z.new_ones(len(z)),
     "top-1": lambda z, p, r: z.new_ones(len(z)),  # and Delta = E[argmax]: see Carry
+    **rivals.CARRIES,  # these make Delta too: see Carry
 }
 
 
@@ -69,6 +70,8 @@ class Decoding(Sampler):
     kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats
     rescue: float = 0.8  # rule=r2: confidence of a window, of a run or of a stable cell that is enough
     revoke: float = 0.9  # rule=wino: a filled cell must keep this much p
+    js_reset: float = 0.0  # drop the residual of a cell whose p moved further, JS in nats (ReMix: 0.3);
+    # 0 = never
     start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's) | self (its own) |
     # dirichlet (of a random p)
     self_passes: int = 1  # passes of start=self, each on the residual of the one before; none commits
@@ -88,7 +91,7 @@ class Decoding(Sampler):
         super().__post_init__()
         check(self.cache in CACHES, f"cache={self.cache!r}: choose from {', '.join(CACHES)}")
         for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound",
-                     "factor", "kl_bound", "rescue", "revoke"):  # fmt: skip
+                     "factor", "kl_bound", "rescue", "revoke", "js_reset"):  # fmt: skip
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
         passes = self.self_passes
@@ -105,6 +108,10 @@ class Decoding(Sampler):
         if self.guidance:
             prompt = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~fill  # (B, T)
             read = llada.Guided(read, kind(model, tokens, lengths, b), prompt, self.guidance)
+        if self.carry == "residual" and rivals.carries.of(model):
+            read = rivals.carries.Carrying(read, self)
+        if self.carry == "residual" and self.js_reset:
+            read = rivals.Reset(read, self)
         return rivals.NOTES[self.rule](read, self) if self.rule in rivals.NOTES else read
 
     def start_readers(self, read: Reader, reference: Transformer | None, generator: Generator | None) -> list:
@@ -155,7 +162,7 @@ class Carry(Residual):
     """What is carried from step to step: the weight alpha, and Delta"""
 
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence | fixed | one | 1-entropy | 1-confidence |
-    # top-1 (one, and Delta = E[argmax])
+    # top-1 (one, and Delta = E[argmax]) | remix (zoo/rivals) | learned (the model's own carry)
     temper_delta: bool = False  # T_res tempers Delta too (section 3.3 can be read so, Algorithm 2 not)
     residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
 
@@ -177,6 +184,8 @@ class Carry(Residual):
         Let m be their mass: Delta = sum p_j E_j / m, and |Delta - exact| <= 2 (1 - m) max |E_j|. The tokens
         left out add at most (1 - m) max |E_j|, and division by m moves the others by no more.
         """
+        if self.weight in rivals.CARRIES:
+            return rivals.CARRIES[self.weight](logits, E)
         k = 1 if self.weight == "top-1" else self.residual_top_k
         if not 0 < k < logits.shape[1]:
             return super().__call__(logits, E, grad)

@@ -106,6 +106,7 @@ def load(folder: Path, device: "str | torch.device" = "cpu",
     from safetensors.torch import load_file
 
     from rcd import Transformer
+    from zoo.rivals import carries
 
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -125,6 +126,8 @@ def load(folder: Path, device: "str | torch.device" = "cpu",
         raise ValueError(f"{folder}/config.json: {error}") from None
     with torch.device("meta"):
         model = Transformer(config)
+        for name in carries.named_by(tensors):
+            carries.shaped(model, name)
     assign_tensors(model, tensors, dtype, str(folder))
     return model
 

@@ -27,7 +27,8 @@ class Wino(Notes):
         """Raises ValueError for a model or a sampler that WINO is not made for."""
         super().__init__(read, s)
         plain = type(read) is Reader and read.cache is None and not self.model.config.logit_shift
-        check(plain, "rule=wino needs a bidirectional model without logit shift, cache or guidance")
+        needs = "a bidirectional model without logit shift, cache, guidance or a carry of its own"
+        check(plain, f"rule=wino needs {needs}")
         check(s.temperature == 0, f"rule=wino drafts the likeliest token: temperature=0, not {s.temperature}")
         self.s, self.draft = s, self.tokens.clone()  # (B, T)
         self.accepted = torch.full_like(self.lengths, 30)  # (B,) by the pass before

@@ -30,6 +30,7 @@ from zoo import tokenizer
 from zoo.decoding import RENAMED, Decoding, carry_options
 from zoo.files import load, save, write_atomic
 from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
+from zoo.rivals import carries
 from zoo.tools.budget import available, memory, report_memory, shape_of
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
@@ -218,14 +219,20 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     o = r.o
     if stage == "base":
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
+    own_carry = stage == "target" and o.recipe in carries.LEARNED
     if not o.init_from:
-        return load(r.root / "base", r.device, torch.float32), None
+        model = load(r.root / "base", r.device, torch.float32)
+        return carries.attach(model, o.recipe, o.seed) if own_carry else model, None
     loaded = zoo.load(o.init_from, r.device, torch.float32)
     most = loaded.model.config.max_len
     if r.length > most:
         raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {o.init_from}")
     own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
-    return loaded.model, None if own else loaded
+    if own_carry and not own:
+        here = "a carry with parameters is saved in this project's own layout only"
+        raise ValueError(f"recipe={o.recipe} cannot convert {o.init_from}: {here}")
+    model = carries.attach(loaded.model, o.recipe, o.seed) if own_carry else loaded.model
+    return model, None if own else loaded
 
 
 # ---- Batches

@@ -1,0 +1,107 @@
+"""Carries with parameters of their own: where those live, how they are trained, how a sampler reads them.
+
+A learned carry is a module, attached to the model as `carry`, in a dict under its name. Its tensors are
+carry.NAME.*, so AdamW, the moving average and the checkpoint see them like any others. It maps what a pass
+predicts to what the next one reads, at masked cells:
+
+    carry(hidden (N, D), model, logits (N, V) or None) -> alpha (N,), Delta (N, D), which Eq. 2 mixes
+
+Training takes two passes (own_context): the first reads the same x_t plainly, the second what is carried.
+Sampling takes one: the reader Carrying keeps what the last pass left and hands on what the model's carry
+makes of it, in place of the loop's residual. So a Decoding needs no option for it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rcd import (CHUNK, Context, Noised, Reader, Residual, Sampler, Transformer, by_rows, check,
+                 denoiser_hidden, mask_tokens, residual_of)  # fmt: skip
+from zoo.rivals.gemma import SelfConditioning
+from zoo.rivals.loopholing import Loopholing, Relay
+from zoo.rivals.rules import Notes
+from zoo.rivals.softmask import SoftMask
+
+LEARNED: dict[str, type[nn.Module]] = {
+    "soft-mask": SoftMask, "loopholing": Loopholing, "relay": Relay, "gemma": SelfConditioning,
+}  # fmt: skip
+
+
+def shaped(model: Transformer, name: str) -> Transformer:
+    """The model with a carry of this name, not initialised. Raises ValueError for an unknown name."""
+    check(name in LEARNED, f"a carry {name!r} is not known here: there are {', '.join(LEARNED)}")
+    model.carry = nn.ModuleDict({name: LEARNED[name](model.config)})
+    return model
+
+
+def named_by(tensors: dict[str, Tensor]) -> list[str]:
+    """The carries whose tensors these are: carry.NAME.*"""
+    return sorted({name.split(".")[1] for name in tensors if name.startswith("carry.")})
+
+
+def of(model: Transformer) -> nn.Module | None:
+    """The model's own carry, if it has one."""
+    (carry,) = model.carry.values() if hasattr(model, "carry") else (None,)
+    return carry
+
+
+def attach(model: Transformer, name: str, seed: int) -> Transformer:
+    """Give the model a carry of this name, unless it has it. At first it changes nothing: what a carry adds
+    is multiplied by zero, or nearly so. Raises ValueError."""
+    if name not in getattr(model, "carry", {}):
+        shaped(model, name).carry.to(model.embedding.device, model.embedding.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for tensor, p in model.carry.named_parameters():
+            if p.dim() == 2:
+                drawn = torch.empty(p.shape).normal_(std=0.02, generator=generator)
+                p.data.copy_(torch.zeros(p.shape) if tensor.endswith("down_proj.weight") else drawn)
+    return model
+
+
+def own_context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+    """Where the second pass gets its alpha and Delta: from the model's own carry after a first, plain pass.
+
+    It reads the same x_t, and no gradient goes through it. If carry.differentiable, it reads an earlier
+    state of the canvas, between t and 1 (rcd.earlier_context), and the gradient goes through both passes.
+    """
+    carry, x = of(model), n.x
+    if carry.differentiable:
+        t = n.t + (1 - n.t) * n.uniform[:, :1]
+        x, _ = mask_tokens(n.tokens, n.response, t, n.noise, model.config.mask_id)
+    with torch.set_grad_enabled(carry.differentiable and torch.is_grad_enabled()):
+        hidden = denoiser_hidden(model, model.embed_tokens(x), n.tokens, n.positions)  # (B, T, D)
+        hidden = model.predicting(hidden, n.cells)  # (N, D)
+    return by_rows(lambda h: carry(h, model, None), CHUNK // model.config.vocab_size, hidden)
+
+
+class Carrying(Notes):
+    """A reader for a model with its own carry. What the loop hands on is only asked whether it is there."""
+
+    def __init__(self, read: Reader, s: Sampler):
+        super().__init__(read, s)
+        check(isinstance(read, Reader), "a model with its own carry is read without guidance")
+        check(s.start in ("cold", "self"), f"start={s.start}: a model with its own carry starts cold or self")
+        self.kept = None  # hidden (N, D) and logits (N, V) of the pass before
+
+    def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, alpha: Tensor | None, delta: Tensor | None):
+        before = self.last(*cells.unbind(1))
+        if alpha is not None:  # the first pass of a block has nothing to read
+            hidden, logits = (x[before.to(x.device)] for x in self.kept)
+            rows = CHUNK // self.model.config.vocab_size
+            alpha, delta = by_rows(lambda h, z: of(self.model)(h, self.model, z), rows, hidden, logits)
+        logits = super().__call__(begin, end, cells, alpha, delta)
+        self.hidden = self.read.hidden
+        self.kept = self.hidden, logits
+        return logits
+
+
+def learned(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry.weight=learned: a stand-in for the loop. The reader puts the model's own carry in its place."""
+    return torch.ones(len(logits), device=E.device), E.new_zeros(len(logits), E.shape[1])
+
+
+def context_of(recipe: str, residual: Residual) -> Context:
+    """Where stage 2 gets alpha and Delta under a recipe of zoo.rivals: the model's own carry or, in scmdm, the
+    residual of its own p at the same x_t. No row is left out: see zoo.recipes.sometimes_absent."""
+    if recipe in LEARNED:
+        return own_context
+    return lambda model, n: residual_of(model, n.x, n, residual, model.embedding)
