@@ -5,17 +5,29 @@ The loops below know nothing of batches, caches or notes: they forward one canva
 
 import itertools
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_train import log_of, meta_of, puzzles, run, run_in_full, same, weights  # noqa: F401 (fixtures)
 
 import rcd
-from rcd import Candidates, Residual, Sampler, denoise
-from zoo.decoding import Decoding
-from zoo.rivals import r2
+import zoo
+from rcd import Candidates, Residual, Sampler, denoise, diffusion_loss
+from zoo import files
+from zoo.decoding import Carry, Decoding
+from zoo.recipes import sometimes_absent
+from zoo.rivals import carries, r2
+from zoo.rivals.policy import Act, Policy, grpo_loss, reward
+from zoo.rivals.policy import load as load_policy
+from zoo.rivals.remix import jensen_shannon, remix
 from zoo.rivals.rules import Klass, divergence, factor
+from zoo.rivals.softmask import SoftMask
+from zoo.tools import policy as trainer
 
 MASK, PAD = 11, 0  # of the tiny models
 FIXED = Residual(weight="fixed", fixed=0.5)
@@ -295,9 +307,9 @@ def test_both_on_any_canvas(data, B, T):
                 marked |= {(row, i) for i in window}
         kinds = list(zip(masked[row].tolist(), token[row].tolist()))
         for _, group in itertools.groupby(range(T), kinds.__getitem__):
-            run = [i for i in group if masked[row, i]]
-            best = max(run, key=lambda i: confidence[row, i], default=None)
-            if len(run) >= 2 and confidence[row, best] > 0.75:
+            cells = [i for i in group if masked[row, i]]
+            best = max(cells, key=lambda i: confidence[row, i], default=None)
+            if len(cells) >= 2 and confidence[row, best] > 0.75:
                 surest_of_run.add((row, best))
     for got, expected in ((r2.spatial(masked, confidence, inside, 0.75), marked),
                           (r2.agreement(masked, confidence, token, 0.75), surest_of_run)):  # fmt: skip
@@ -405,3 +417,439 @@ def test_a_wino_that_doubts_everything_still_ends(tiny):
 def test_wino_says_what_it_cannot_do(tiny, options, model_options, words):
     with pytest.raises(ValueError, match=words):
         next(denoise(tiny(**model_options), torch.tensor([CANVASES[1]]), Decoding(rule="wino", **options)))
+
+
+# ---- Carries
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
+    """A tiny model with this carry, whose parameters are drawn: what it hands on is not nothing."""
+    model = carries.attach(tiny(seed=seed, **options), name, 0)
+    generator = seeded(9)
+    for p in model.carry.parameters():
+        p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    if name == "soft-mask":  # omega_s .9, omega_a 2, omega_b -1.3
+        model.carry[name].omega.data = torch.tensor([math.log(9), math.log(math.expm1(2)), -1.3]) / 100
+    return model
+
+
+@torch.no_grad()
+def carried(model, name: str, hidden, p) -> torch.Tensor:
+    """What a masked cell reads (D,) after a pass that left hidden (D,) and p (V,), by the paper's formula."""
+    E, own = model.embedding, carries.of(model)
+    mask, D = E[MASK], len(hidden)
+    if name == "soft-mask":
+        entropy = -sum(q * math.log(q) for q in p.tolist() if q > 0)
+        weight = 0.9 / (1 + math.exp(-2 * (-entropy + 1.3)))
+        likeliest = sorted(range(len(p)), key=lambda j: -p[j])[:3]
+        mass = sum(p[j] for j in likeliest)
+        return (1 - weight) * mask + weight * sum(p[j] / mass * E[j] for j in likeliest)
+    if name == "loopholing":
+        centred = hidden - hidden.mean()
+        return mask + centred / (centred.pow(2).mean() + 1e-5).sqrt() * own.norm.weight + own.norm.bias
+    if name == "relay":
+        return mask + hidden / (hidden.pow(2).mean() + 1e-6).sqrt() * own.norm.weight
+    soft = sum(p[j] * E[j] for j in range(len(p)))
+    soft = soft / (soft.pow(2).sum() / D + 1e-6).sqrt() * own.norm.weight
+    gate = own.mlp.gate_proj.weight @ soft
+    return mask + own.mlp.down_proj.weight @ (gate * gate.sigmoid() * (own.mlp.up_proj.weight @ soft))
+
+
+@torch.no_grad()
+def pass_by_hand(model, tokens, soft, stop):
+    """Hidden states (T, D) and p (T, V) of one forward on one canvas. soft: cell -> what is read there."""
+    b = model.config.block_size or len(tokens)
+    T = stop if model.config.block_size else len(tokens)
+    x = torch.stack([soft.get(i, model.embedding[token]) for i, token in enumerate(tokens[:T])])
+    seen = torch.tensor([[k // b <= q // b for k in range(T)] for q in range(T)])
+    hidden = model(x[None], torch.arange(T)[None], seen[None, None])[0]
+    return hidden, model.logits(hidden).softmax(-1)
+
+
+@pytest.mark.parametrize("block_size", [0, 4])
+@pytest.mark.parametrize("name", carries.LEARNED)
+def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
+    """One token a step, a batch of unequal rows; every confidence is that of a forward by hand."""
+    model, (canvas, lengths) = with_carry(tiny, name, block_size=block_size), padded(CANVASES[:2])
+    steps = list(denoise(model, canvas, Decoding(), Carry(weight="learned"), lengths=lengths))
+    differs = 0.0
+    for row, length in enumerate(lengths.tolist()):
+        tokens, soft, b = canvas[row, :length].tolist(), {}, block_size or length
+        for step in steps:
+            cells = (step.confidence[row] > 0).nonzero()[:, 0].tolist()
+            if not cells:
+                continue
+            stop = min(cells[0] // b * b + b, length)
+            soft = {i: e for i, e in soft.items() if i in cells}  # empty in a new block
+            hidden, p = pass_by_hand(model, tokens, soft, stop)
+            close = dict(rtol=1e-3, atol=2e-4)  # rounding is carried on, too
+            torch.testing.assert_close(step.confidence[row, cells], p[cells].amax(-1), **close)
+            differs = max(differs, (p - pass_by_hand(model, tokens, {}, stop)[1]).abs().max().item())
+            tokens = step.tokens[row, :length].tolist()
+            left = [i for i in cells if tokens[i] == MASK]
+            soft = {i: carried(model, name, hidden[i], p[i]) for i in left}
+            assert (step.alpha[row, left] == 1).all()
+    assert differs > 0.05  # the carry matters
+
+
+@pytest.mark.parametrize("name", carries.LEARNED)
+def test_training_reads_it_in_a_second_pass(tiny, name, monkeypatch):
+    """The loss by hand, and whether the gradient goes through the first pass: only Relay's does."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # all in float64, for differences
+    model = with_carry(tiny, name).double()
+    tokens = torch.randint(MASK, (3, 10), generator=seeded(0))
+    seen = []
+
+    def context(model, n):
+        seen.append(n)
+        return carries.own_context(model, n)
+
+    loss = diffusion_loss(model, tokens, context=context, generator=seeded(1))
+    loss.backward()
+    (n,) = seen
+    assert all(p.grad.abs().sum() > 0 for p in model.carry.parameters())
+
+    def by_hand(first):
+        """The loss if the first pass is by the model `first`."""
+        t = n.t + (1 - n.t) * n.uniform[:, :1] if name == "relay" else n.t
+        x, total = torch.where(n.noise < t, MASK, n.tokens), 0.0
+        for row in range(3):
+            ids = n.x[row].tolist()
+            hidden, p = pass_by_hand(first, x[row].tolist(), {}, 10)
+            soft = {i: carried(model, name, hidden[i], p[i]) for i in range(10) if ids[i] == MASK}
+            _, p = pass_by_hand(model, ids, soft, 10)
+            total -= sum(p[i, n.tokens[row, i]].log() / n.t[row, 0] for i in soft)
+        return total.item() / 30
+
+    assert loss.item() == pytest.approx(by_hand(model))
+    # The derivative by a weight of the first layer, by central differences.
+    other, h, slopes = with_carry(tiny, name).double(), 1e-5, []
+    for first in (model, other):  # `other` keeps its weights: the first pass does not move
+        p = model.layers[0].mlp.up_proj.weight
+        values = []
+        for shift in (h, -2 * h):
+            p.data[0, 0] += shift
+            values.append(by_hand(first))
+        p.data[0, 0] += h
+        slopes.append((values[0] - values[1]) / (2 * h))
+    through, around = slopes
+    assert abs(through - around) > 1e-6  # so the two can be told apart
+    slope = model.layers[0].mlp.up_proj.weight.grad[0, 0].item()
+    assert slope == pytest.approx(through if name == "relay" else around, abs=1e-7, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", carries.LEARNED)
+def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_path):
+    model, tokens = tiny(seed=2), torch.randint(MASK, (4, 12), generator=seeded(0))
+    plain = diffusion_loss(model, tokens, generator=seeded(1))
+    carries.attach(model, name, seed=5)
+    again = diffusion_loss(model, tokens, context=carries.own_context, generator=seeded(1))
+    torch.testing.assert_close(plain, again)
+    files.save(model, tmp_path)
+    loaded = files.load(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys() > tiny(seed=2).state_dict().keys()
+    assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
+    twin = carries.attach(tiny(seed=2), name, seed=5)
+    assert all(torch.equal(p, twin.get_parameter(n)) for n, p in model.named_parameters())
+    assert carries.attach(model, name, seed=6).carry is model.carry  # it keeps the one it has
+
+
+def test_a_carry_of_another_version_is_one_line(tiny, tmp_path):
+    model = carries.attach(tiny(), "loopholing", 0)
+    model.carry = torch.nn.ModuleDict({"telepathy": model.carry["loopholing"]})
+    files.save(model, tmp_path)
+    with pytest.raises(ValueError, match="'telepathy' is not known here: there are soft-mask"):
+        files.load(tmp_path)
+
+
+def test_soft_mask_weights():
+    carry, entropy = SoftMask(rcd.Config()), torch.linspace(0, 4, 50)
+    first = carry.weights(entropy)
+    assert (first > 0).all() and first.max() < 1.1e-6  # at first nothing is fed back
+    with torch.no_grad():
+        carry.omega[0] = 0.0  # omega_s = sigmoid(0)
+    weight = carry.weights(entropy)
+    assert (weight.diff() < 0).all()  # the surer, the more: the opposite of Eq. 3
+    torch.testing.assert_close(carry.weights(torch.tensor([0.75])), torch.tensor([0.25]))  # at H = -omega_b
+    torch.testing.assert_close(weight[0], torch.tensor(0.5 / (1 + math.exp(-6.66 * 0.75))))
+
+
+def test_own_p_at_the_same_noise_level(tiny):
+    """The recipe scmdm, by hand: alpha and Delta of a plain pass on the same x_t, on half of the rows."""
+    model, tokens = tiny(seed=3), torch.randint(MASK, (400, 6), generator=seeded(0))
+    seen = []
+
+    def watched(model, n):
+        seen.append((n, *sometimes_absent(carries.context_of("scmdm", FIXED), 0.5)(model, n)))
+        return seen[0][1:]
+
+    diffusion_loss(model, tokens, context=watched, generator=seeded(1))
+    ((n, alpha, delta),) = seen
+    for k in range(0, len(alpha), 97):
+        row, column = n.cells[0][k].item(), n.cells[1][k].item()
+        _, p = pass_by_hand(model, n.x[row].tolist(), {}, 6)
+        torch.testing.assert_close(delta[k], p[column] @ model.embedding)
+    assert alpha.unique().tolist() == [0.0, 0.5] and 0.4 < (alpha > 0).float().mean() < 0.6
+
+
+def test_remix_by_hand():
+    E = torch.randn(6, 3, generator=seeded(0))
+    p = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04, 0.0],  # clip(2 x .5) = .9: .5, .3 and .1 hold .9
+                      [0.3, 0.3, 0.2, 0.1, 0.1, 0.0],  # .6: .3 and .3, of which the first ...
+                      [0.04, 0.05, 0.01, 0.0, 0.9, 0.0]])  # .9: the likeliest alone
+    alpha, delta = remix(p.log(), E)
+    for k, nucleus in enumerate(([0, 1, 2], [0, 1], [4])):
+        if k == 1:  # .3 + .3 against .6: a matter of rounding, so the third may be in
+            nucleus = nucleus if alpha[k] < 0.31 else [0, 1, 2]
+        soft = sum(p[k, j] * E[j] for j in nucleus)
+        mass = sum(p[k, j].item() for j in nucleus)
+        mask = torch.ones(3)  # (1 - beta) E[M] + beta (soft + (1 - mass) E[M])
+        paper = 0.5 * mask + 0.5 * (soft + (1 - mass) * mask)
+        torch.testing.assert_close((1 - alpha[k]) * mask + alpha[k] * delta[k], paper)
+
+
+def test_jensen_shannon_by_hand():
+    p = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    q = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+    half = 0.5 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) + 0.5 * math.log(1 / 0.75)
+    torch.testing.assert_close(jensen_shannon(p.log(), q.log()), torch.tensor([math.log(2), half, 0.0]))
+
+
+@torch.no_grad()
+def test_a_cell_whose_prediction_jumps_reads_the_bare_mask(tiny):
+    model, limit, resets = tiny(seed=4), 0.02, 0
+    canvas = torch.tensor([CANVASES[0]])
+    tokens, soft, before = CANVASES[0], {}, {}
+    for step in denoise(model, canvas, Decoding(js_reset=limit), Carry(weight="remix")):
+        _, p = pass_by_hand(model, tokens, soft, 20)
+        cells = [i for i in range(20) if tokens[i] == MASK]
+        torch.testing.assert_close(step.confidence[0, cells], p[cells].amax(-1))
+        tokens = step.tokens[0].tolist()
+        soft = {}
+        for i in (i for i in cells if tokens[i] == MASK):
+            jumped = i in before and jensen_shannon(p[i][None].log(), before[i][None].log()).item() > limit
+            alpha, delta = remix(p[i][None].log(), model.embedding)
+            soft[i] = model.embedding[MASK].lerp(delta[0], 0.0 if jumped else alpha[0])
+            resets += jumped
+        before = {i: p[i] for i in soft}
+    assert 0 < resets < 100
+
+
+@pytest.mark.parametrize("options,words", [(dict(guidance=1.0), "without guidance"),
+                                           (dict(start="dirichlet"), "cold or self")])  # fmt: skip
+def test_a_learned_carry_says_what_it_cannot_do(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        next(denoise(with_carry(tiny, "gemma"), torch.tensor([CANVASES[1]]), Decoding(**options)))
+
+
+def test_rules_and_carries_compose(tiny):
+    """Every rule with every carry ends with a full canvas, and carry=none reads as if there were none."""
+    canvas = torch.tensor([CANVASES[1]])
+    for name in carries.LEARNED:
+        model, plain = with_carry(tiny, name), tiny(seed=2)
+        for rule in ("threshold", "factor", "klass", "r2"):
+            *_, last = denoise(model, canvas, Decoding(rule=rule), Carry(weight="learned"))
+            assert (last.tokens != MASK).all()
+        with_none, without = (list(denoise(m, canvas, Decoding(carry="none"))) for m in (model, plain))
+        assert all(torch.equal(a.confidence, b.confidence) for a, b in zip(with_none, without))
+
+
+@pytest.mark.parametrize("recipe", ["loopholing", "soft-mask"])
+def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, recipe):  # noqa: F811
+    """With a moving average. The resumed run ends at the same bits; the carry has moved."""
+    options = [f"--recipe={recipe}", "--ema=0.5", "--name=whole"]
+    run(*options)
+    target = zoo.load("whole/target")
+    assert meta_of(target.folder)["residual"]["weight"] == "learned"
+    assert meta_of(target.folder)["options"]["absent"] == {"loopholing": 0.3, "soft-mask": 0.2}[recipe]
+    new = carries.attach(zoo.load("whole/base").model, recipe, 1337).carry.state_dict()
+    moved = {n: p for n, p in weights(target.folder).items() if n.startswith("carry.")}
+    assert len(moved) == len(new) and any(not torch.equal(p, moved[f"carry.{n}"]) for n, p in new.items())
+    run("--name=cut", "--stage=base", *options[:2])
+    run("--name=cut", "--stage=reference", *options[:2])
+
+    def stop_at_4(*given):  # after step 3 is saved at 2
+        if given[1] >= 4:
+            raise KeyboardInterrupt
+        return rate(*given)
+
+    import train
+
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", stop_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        run("--name=cut", "--stage=target", *options[:2])
+    monkeypatch.setattr(train, "learning_rate", rate)
+    run("--name=cut", "--stage=target", "--resume", *options[:2])
+    assert same(target.folder, target.folder.parents[1] / "cut" / "target")
+
+
+# ---- A learned policy
+
+
+def policy(seed: int = 0, scale: float = 0.3) -> Policy:
+    """A policy whose weights are drawn: not the soft threshold that a new one is."""
+    net, generator = Policy(), seeded(seed)
+    for p in (net.out.weight, net.modulation.weight):
+        p.data.copy_(scale * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def test_a_new_policy_is_a_soft_threshold_and_small():
+    net = Policy()
+    assert sum(p.numel() for p in net.parameters()) <= 300_000
+    confidence = torch.rand(3, 5, generator=seeded(0))
+    logits = net(confidence, torch.ones(3, 5, dtype=torch.bool), torch.tensor([0.0, 0.3, 1.0]))
+    torch.testing.assert_close(logits, 40 * (confidence - 0.9))
+
+
+def test_the_policy_sees_confidence_masks_and_time():
+    net, c, masked = policy(), torch.rand(2, 6, generator=seeded(1)), torch.ones(2, 6).bool()
+    time = torch.zeros(2)
+    base = net(c, masked, time)
+    other, some = c.clone(), masked.clone()
+    other[:, 3], some[:, 3] = 0.1, False
+    for changed in (net(other, masked, time), net(c, some, time), net(c, masked, time + 0.5)):
+        assert (changed - base)[:, 0].abs().min() > 1e-4  # even of another cell
+    torch.testing.assert_close(net(c[:1], masked[:1], time[:1]), base[:1])  # rows are independent
+
+
+def test_reward_by_hand():
+    right, passes = torch.tensor([True, True, False, True]), torch.tensor([1, 5, 1, 10])
+    most = torch.tensor([10] * 4)
+    torch.testing.assert_close(reward(right, passes, most, 2.0), torch.tensor([0.81, 0.25, 0.0, 0.0]))
+    torch.testing.assert_close(reward(right, passes, most, 0.0), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+
+
+CELLS = {(True, True): [0.93, 0.88], (True, False): [0.91, 0.0], (False, True): [0.0, 0.86]}
+
+
+def two_cells(net: Policy):
+    """Every rollout of a canvas of two masks whose confidences are those of CELLS -> (its chance, with a
+    gradient; its acts; its passes; which cells went first)."""
+    def steps(masked, count):
+        if not any(masked):
+            yield torch.ones(()), [], 0, ()
+            return
+        c, mask = torch.tensor([CELLS[masked]]), torch.tensor([masked])
+        time = torch.tensor([count / 2])
+        s = net(c, mask, time).sigmoid()[0]
+        for u in itertools.product([False, True], repeat=sum(masked)):
+            action = [False, False]
+            for cell, chosen in zip([i for i in (0, 1) if masked[i]], u):
+                action[cell] = chosen
+            chance = torch.ones(())
+            for cell in (0, 1):
+                if masked[cell]:
+                    chance = chance * (s[cell] if action[cell] else 1 - s[cell])
+            done = list(action)
+            if not any(action):  # the fallback: the cell of largest s
+                done[max((i for i in (0, 1) if masked[i]), key=lambda i: s[i])] = True
+            left = tuple(m and not d for m, d in zip(masked, done))
+            act = Act(torch.tensor([0]), c, mask, time, torch.tensor([action]))
+            for later, acts, passes, _ in steps(left, count + 1):
+                yield chance * later, [act, *acts], passes + 1, tuple(done)
+
+    return list(steps((True, True), 0))
+
+
+def test_the_policy_gradient_is_that_of_the_expected_reward():
+    """On two cells, where every rollout can be counted: J = sum of chance x R, and its gradient by autograd.
+    The mean of the estimate over all groups of two rollouts is half of it: the mean of a group holds the
+    rollout itself, (G - 1) / G."""
+    net = policy()
+    rollouts = two_cells(net)
+    assert sum(chance for chance, *_ in rollouts).item() == pytest.approx(1)
+    def worth(passes, first):  # right if the second cell did not go first
+        return (1.0 if first != (False, True) else 0.0) * (1 - passes / 2.5) ** 0.7
+
+    J = sum(chance * worth(passes, first) for chance, _, passes, first in rollouts)
+    expected = torch.autograd.grad(J, [*net.parameters()])
+    total = [torch.zeros_like(p) for p in net.parameters()]
+    for a, b in itertools.product(rollouts, repeat=2):
+        acts = [act._replace(rows=torch.tensor([row])) for row in (0, 1) for act in (a, b)[row][1]]
+        rewards = torch.tensor([worth(*rollout[2:]) for rollout in (a, b)])
+        loss = grpo_loss(net, acts, rewards, 2)
+        if loss.requires_grad:
+            weight = (a[0] * b[0]).item()
+            for sum_, g in zip(total, torch.autograd.grad(loss, [*net.parameters()])):
+                sum_ -= weight * g
+    for estimate, true in zip(total, expected):
+        torch.testing.assert_close(2 * estimate, true, rtol=1e-3, atol=1e-6)
+    assert max(g.abs().max() for g in expected) > 1e-3
+
+
+def test_a_rollout_is_a_run_of_the_sampler_and_its_acts_say_what_happened(tiny):
+    model, net = tiny(seed=2), policy(1)
+    solutions = torch.randint(MASK, (40, 9), generator=seeded(3))
+    fill = torch.rand(40, 9, generator=seeded(4)) < 0.7
+    fill[:, 0] = True
+    s = Decoding(rule="policy")
+    acts, right, passes = trainer.rollout(model, net, solutions, fill, s, FIXED, seeded(5))
+    again = trainer.rollout(model, net, solutions, fill, s, FIXED, seeded(5))
+    assert torch.equal(passes, again[2]) and all(torch.equal(a.u, b.u) for a, b in zip(acts, again[0]))
+    masked, count, most = fill.clone(), torch.zeros(40), fill.sum(1)
+    fallbacks = chosen = expected = 0
+    for act in acts:
+        assert torch.equal(act.masked, masked[act.rows]) and torch.equal(act.time, (count / most)[act.rows])
+        assert (act.u <= act.masked).all() and ((act.confidence > 0) == act.masked).all()
+        s_i = net(act.confidence, act.masked, act.time).sigmoid().detach() * act.masked
+        chosen, expected = chosen + int(act.u.sum()), expected + s_i.sum().item()
+        done = act.u.clone()
+        none = ~act.u.any(1)
+        done[none, s_i[none].argmax(1)] = True
+        masked[act.rows] = act.masked & ~done
+        count[act.rows] += 1
+        fallbacks += int(none.sum())
+    assert not masked.any() and torch.equal(count.long(), passes) and fallbacks > 0
+    assert abs(chosen - expected) < 4 * math.sqrt(expected)  # as often as the policy says
+    assert not right.any() or right.dtype == torch.bool
+
+
+def test_speed_scales_the_chances(tiny):
+    solutions, fill = torch.randint(MASK, (60, 12), generator=seeded(3)), torch.ones(60, 12, dtype=torch.bool)
+    fill[:, ::5] = False
+    net = policy(1)
+    net.out.bias.data += 20.0  # the tiny model is never sure
+    runs = [trainer.rollout(tiny(seed=2), net, solutions, fill, Decoding(rule="policy", speed=speed), FIXED,
+                            seeded(0)) for speed in (0.0, 0.3, 1.0, 1e9)]  # fmt: skip
+    passes = [passes.float().mean().item() for _, _, passes in runs]
+    assert passes[0] == fill[0].sum() > passes[1] > passes[2] > passes[3] == 1
+
+
+def test_a_policy_is_trained_from_the_command_line_and_used(tiny, tmp_path, monkeypatch, capsys, puzzles):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    options = ["--steps=2", "--puzzles=2", "--group=3", "--items=4", "--device=cpu", "--dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["policy", f"--data={puzzles}", "--out=p.safetensors", *options])
+    trainer.main()
+    table = capsys.readouterr().out
+    assert table.count("| policy, speed") == 3 and table.count("| threshold") == 5
+    net = load_policy("p.safetensors")
+    assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), Policy().parameters()))
+    loaded = zoo.load("sudoku/target")
+    solutions, fill = trainer.Puzzles(puzzles, "test").rows(np.arange(4))
+    canvas = solutions.masked_fill(fill, loaded.model.config.mask_id)
+    s = Decoding(rule="policy", policy="p.safetensors")
+    *_, last = denoise(loaded.model.float(), canvas, s, FIXED, generator=seeded(0))
+    assert (last.tokens != loaded.model.config.mask_id).all() and (last.nfe < fill.sum(1)).all()
+
+
+def test_policies_that_are_none(tiny, tmp_path, monkeypatch, capsys):
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for path, words in (("", "--policy=FILE"), ("nowhere", "no policy nowhere"),
+                        (tmp_path / "other.safetensors", "no policy of this version"),
+                        (tmp_path / "text.safetensors", "no policy of this version")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            next(denoise(tiny(), torch.tensor([CANVASES[1]]), Decoding(rule="policy", policy=str(path))))
+    monkeypatch.setattr(sys, "argv", ["policy", f"--data={tmp_path}"])
+    with pytest.raises(FileNotFoundError, match="prepare.py"):
+        trainer.main()
+    monkeypatch.setattr(sys, "argv", ["policy", "--group=1"])
+    with pytest.raises(SystemExit, match="2"):
+        trainer.main()
+    assert "group=1 must be at least 2" in capsys.readouterr().err

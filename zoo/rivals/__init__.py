@@ -26,6 +26,7 @@ liberty, its file says so. Not here: EvoToken's and DMax's revisable tokens, R2-
 """
 
 from zoo.rivals import carries
+from zoo.rivals.policy import Acting
 from zoo.rivals.r2 import R2, Spatial, Temporal
 from zoo.rivals.remix import Reset, remix  # noqa: F401 (Reset is for zoo.decoding)
 from zoo.rivals.rules import Klass, Notes, factor, looks_back
@@ -33,7 +34,7 @@ from zoo.rivals.wino import Wino
 
 # Commit rules: those that look back, by the reader that remembers for them, and all of them.
 NOTES: dict[str, type[Notes]] = {
-    "klass": Klass, "r2": R2, "r2-spatial": Spatial, "r2-temporal": Temporal, "wino": Wino,
+    "klass": Klass, "r2": R2, "r2-spatial": Spatial, "r2-temporal": Temporal, "wino": Wino, "policy": Acting,
 }  # fmt: skip
 RULES = {"factor": factor} | dict.fromkeys(NOTES, looks_back)
 

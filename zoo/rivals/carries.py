@@ -100,8 +100,8 @@ def learned(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def context_of(recipe: str, residual: Residual) -> Context:
-    """Where stage 2 gets alpha and Delta under a recipe of zoo.rivals: the model's own carry or, in scmdm, the
-    residual of its own p at the same x_t. No row is left out: see zoo.recipes.sometimes_absent."""
+    """Where stage 2 gets alpha and Delta under a recipe of zoo.rivals: the model's own carry or, in scmdm,
+    the residual of its own p at the same x_t. zoo.recipes.sometimes_absent leaves rows out."""
     if recipe in LEARNED:
         return own_context
     return lambda model, n: residual_of(model, n.x, n, residual, model.embedding)
