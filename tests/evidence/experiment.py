@@ -49,6 +49,7 @@ class Curve:
     reference: str = ""  # the run that warms the start up
     more: tuple[int, ...] = ()  # further step budgets, which the summary counts and the table leaves out
     fit: tuple[str, tuple] = ()  # (Carry field, values): the best value on validation canvases is taken
+    sweep: tuple[dict, ...] = ()  # Decoding fields of each row, in place of step budgets and thresholds
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Experiment:
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
     prepare: str = ""  # its own data: options of data/sudoku/prepare.py, written to out/<folder>/data
+    policies: dict[str, str] = field(default_factory=dict)  # name -> options of zoo.tools.policy
 
 
 FROM_BASE = "--init_from={base}"
@@ -226,6 +228,68 @@ EXPERIMENTS = {
     ),
 }  # fmt: skip
 
+# Other papers' methods (zoo/rivals), on the runs that the tables above are made of.
+RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay")
+RIVALS = {name: f"--stage=target --recipe={name} {FROM_BASE}" for name in RECIPES}
+RIVALS["window-2"] = f"{TRAJECTORY} --window=2 --batch_size=64"  # as PUMBA trains: as many tokens, two steps
+POLICIES = {"policy-1": "--model={rcd} --power=1", "policy-10": "--model={rcd} --power=10",
+            "policy-1-seqd": "--model={seqd} --power=1"}  # fmt: skip
+
+
+def swept(rule: str, field: str, *values: float, **others: float) -> tuple[dict, ...]:
+    """A rule over values of one field. Those of `others` are differences to it."""
+    return tuple({"rule": rule, field: v} | {n: round(v + d, 4) for n, d in others.items()} for v in values)
+
+
+SWEEPS = {
+    "threshold": swept("threshold", "threshold", 0.5, 0.7, 0.85, 0.95, 0.99, 0.999),
+    "factor": swept("factor", "factor", 2.0, 1.0, 0.5, 0.2, 0.05, 0.01),
+    "entropy-bounded": swept("entropy-bounded", "entropy_bound", 3.0, 1.0, 0.3, 0.1, 0.03, 0.01),
+    "KLASS": swept("klass", "threshold", 0.5, 0.7, 0.85, 0.95, 0.99, 0.999),
+    "R2": swept("r2", "threshold", 0.6, 0.75, 0.85, 0.9, 0.95, 0.99, rescue=-0.1),  # the paper: 0.9 and 0.8
+    "R2, in space": swept("r2-spatial", "threshold", 0.6, 0.75, 0.85, 0.9, 0.95, 0.99, rescue=-0.1),
+    "R2, in time": swept("r2-temporal", "threshold", 0.6, 0.75, 0.85, 0.9, 0.95, 0.99, rescue=-0.1),
+    "WINO": swept("wino", "threshold", 0.4, 0.6, 0.8, 0.9, 0.95, 0.99),
+}
+
+
+def on_both(label: str, sweep: tuple[dict, ...]) -> list[Curve]:
+    return [Curve(f"SeqD, {label}", "seqd", {"carry": "none"}, sweep=sweep),
+            Curve(f"RCD, {label}", "rcd", sweep=sweep)]  # fmt: skip
+
+
+def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
+    """A policy is quick or careful by its training, and by the factor on its chances."""
+    speeds = swept("policy", "speed", 0.3, 0.5, 1, 2, 4, 8)
+    return Curve(label, run, {"policy": policy, **sampler}, sweep=speeds)
+
+
+def rivals_on(task: str) -> Experiment:
+    """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD."""
+    e = EXPERIMENTS[task]
+    kept = [c for c in e.curves if c.label in ("SeqD", "RCD", "SeqD, 60 % more training")]
+    runs = {name: options for name, options in e.runs.items() if name != "letter"} | RIVALS
+    about = f"{task}: what is carried from step to step, by other papers"
+    more = next(c.more for c in e.curves if c.label == "RCD")
+    curves = [*kept, Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
+    curves += [Curve(name, name, more=more) for name in RIVALS]
+    return replace(e, about=about, runs=runs, curves=curves, folder=e.folder or task)
+
+
+EXPERIMENTS |= {
+    "rivals": rivals_on("sudoku"),
+    "rivals-latin": rivals_on("latin"),
+    "rules": replace(
+        EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by other papers' rules",
+        runs={name: EXPERIMENTS["sudoku"].runs[name] for name in ("base", "seqd", "rcd")},
+        curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)]
+        + [with_policy("RCD, policy a=1", "rcd", "policy-1"),
+           with_policy("RCD, policy a=10", "rcd", "policy-10"),
+           with_policy("SeqD, policy a=1", "seqd", "policy-1-seqd", carry="none")],
+        policies=POLICIES, folder="sudoku", by_curve=True,
+    ),
+}  # fmt: skip
+
 
 # ---- Cells
 
@@ -290,6 +354,19 @@ class Cells:
                 stopped = f"{run} of seed {self.seed} did not finish"
                 raise ValueError(f"{stopped}: see above; the same command goes on from here")
 
+    def policy(self, name: str) -> Path:
+        return ROOT / "out" / self.name / f"{name}-{self.seed}.safetensors"
+
+    def policy_command(self, name: str) -> list[str]:
+        options = self.e.policies[name].format(**{r: self.folder(r) for r in self.e.runs}).split()
+        return [*options, f"--out={self.policy(name).relative_to(ROOT)}", f"--seed={self.seed}", "--items=0"]
+
+    def train_policy(self, name: str) -> None:
+        if not self.policy(name).is_file():
+            print(f"python -m zoo.tools.policy {' '.join(self.policy_command(name))}", flush=True)
+            if not succeeds([sys.executable, "-m", "zoo.tools.policy", *self.policy_command(name)]):
+                raise ValueError(f"{name} of seed {self.seed} did not finish: see above")
+
     def model(self, run: str) -> zoo.Loaded | None:
         if run and run not in self.models:
             self.models[run] = zoo.load(ROOT / "out" / self.folder(run), self.device)
@@ -298,6 +375,10 @@ class Cells:
     def settings(self, c: Curve, residual: dict) -> list[Setting]:
         loaded, reference = self.model(c.run), self.model(c.reference)
         carry = Carry(**carry_options(loaded.meta.get("residual", {})) | c.residual | residual)
+        if c.sweep:
+            policy = {"policy": str(self.policy(c.sampler["policy"]))} if "policy" in c.sampler else {}
+            samplers = [Decoding(**c.sampler | policy | fields) for fields in c.sweep]
+            return [Setting(c.label, loaded.model, reference and reference.model, s, carry) for s in samplers]
         samplers = [Decoding(rule="static", steps=k, **c.sampler) for k in self.e.steps]
         samplers += [Decoding(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
         samplers += [Decoding(rule="static", steps=k, **c.sampler) for k in c.more]
@@ -325,6 +406,9 @@ class Cells:
         settings = self.settings(c, fitted)
         rows = score(settings, dataset, "test", self.e.items, 250, self.dtype, self.seed, *extra)
         rows = [r | {"fitted": fitted} if fitted else r for r in rows]
+        if c.sweep:
+            values = [next(v for name, v in fields.items() if name != "rule") for fields in c.sweep]
+            rows = [r | {"value": v} for r, v in zip(rows, values)]
         text = json.dumps({"made_of": made_of, "rows": rows}) + "\n"
         write_atomic(path, lambda temporary: temporary.write_text(text))
         return rows
@@ -427,7 +511,9 @@ def summary(curves: list[list[dict]], within: tuple[int, ...]) -> list[str]:
 def rule_of(row: dict) -> str:
     if row["rule"] == "threshold":
         return f"threshold {row['value']:g}"
-    return f"{row['value']} step" + "s" * (row["value"] > 1)
+    if row["rule"] == "static":
+        return f"{row['value']} step" + "s" * (row["value"] > 1)
+    return f"{row['rule']} {row['value']:g}"
 
 
 def table(curves: list[list[dict]]) -> list[str]:
@@ -455,14 +541,18 @@ def table(curves: list[list[dict]]) -> list[str]:
 
 
 def table_by_curve(curves: list[list[dict]]) -> list[str]:
-    """Every accuracy in %, its 95 % interval and, after "@", its NFE: a line per curve."""
-    heads = " | ".join(rule_of(r) for r in curves[0])
+    """Every accuracy in %, its 95 % interval and, after "@", its NFE: a line per curve. A cell names its rule
+    if the curves have different ones."""
+    alike = all([rule_of(r) for r in rows] == [rule_of(r) for r in curves[0]] for rows in curves)
+    heads = " | ".join(rule_of(r) if alike else str(k) for k, r in enumerate(curves[0], 1))
     lines = [f"| in %, interval @ NFE | {heads} |", "|---|" + "--:|" * len(curves[0])]
     for rows in curves:
         cells = []
         for r in rows:
             low, high = r["interval"]
-            cells.append(f"{100 * r['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}) @ {r['nfe']:.1f}")
+            rule = "" if alike else f"{rule_of(r)}: "
+            figures = f"{100 * r['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f}) @ {r['nfe']:.1f}"
+            cells.append(rule + figures)
         lines.append(f"| {rows[0]['label']} | " + " | ".join(cells) + " |")
     return lines
 
@@ -512,6 +602,9 @@ def main() -> None:
         for name in e.runs:
             cells.train(name)
             commands.append("python train.py " + " ".join(cells.command(name)))
+        for name in e.policies:
+            cells.train_policy(name)
+            commands.append("python -m zoo.tools.policy " + " ".join(cells.policy_command(name)))
         made = []
         with progress(len(e.curves), f"{o.name}, seed {seed}", "curves") as bar:
             for c in e.curves:
