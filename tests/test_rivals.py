@@ -6,6 +6,7 @@ The loops below know nothing of batches, caches or notes: they forward one canva
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ from zoo.rivals.remix import jensen_shannon, remix
 from zoo.rivals.rules import Klass, divergence, factor
 from zoo.rivals.softmask import SoftMask
 from zoo.tools import policy as trainer
+from zoo.tools.command import arguments
+
+sys.path.insert(0, str(Path(__file__).parent / "evidence"))
+import experiment  # noqa: E402
 
 MASK, PAD = 11, 0  # of the tiny models
 FIXED = Residual(weight="fixed", fixed=0.5)
@@ -43,6 +48,10 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     T = max(map(len, rows))
     lengths = torch.tensor([len(row) for row in rows])
     return torch.tensor([row + [PAD] * (T - len(row)) for row in rows]), lengths
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 # ---- The sampling loop, one row; a rule is a function of lists
@@ -316,6 +325,32 @@ def test_both_on_any_canvas(data, B, T):
         assert {tuple(cell) for cell in got.nonzero().tolist()} == expected
 
 
+@pytest.mark.parametrize("rule", ["factor", "klass", "r2", "r2-spatial", "r2-temporal"])
+def test_every_pass_commits_in_every_row(tiny, rule):
+    """Nothing is good enough for these bars, so each pass commits the quota, and no more."""
+    nothing = dict(threshold=1.0, factor=0.0, kl_bound=0.0, rescue=1.1)
+    canvas, lengths = padded(CANVASES)
+    for steps, most in ((0, 15), (5, 5)):
+        s = Decoding(rule=rule, steps=steps, **nothing)
+        records = list(denoise(tiny(seed=2), canvas, s, FIXED, lengths=lengths))
+        assert len(records) == most and (records[-1].tokens != MASK).all()
+        for step in records:
+            assert (step.committed.any(1) == (step.confidence > 0).any(1)).all()
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60)
+def test_a_lower_bar_lets_more_through(seed, low, high):
+    low, high = sorted((low, high))
+    generator = seeded(seed)
+    masked = torch.rand(3, 9, generator=generator) < 0.8
+    confidence, inside = torch.rand(3, 9, generator=generator), torch.ones(3, 9, dtype=torch.bool)
+    token = torch.randint(2, (3, 9), generator=generator)
+    for rule, given_too in ((r2.spatial, inside), (r2.agreement, token)):
+        few, many = (rule(masked, confidence, given_too, bar) for bar in (high, low))
+        assert (few <= many).all() and (many <= masked).all()
+
+
 def test_settings_of_the_papers_are_the_defaults():
     s = Decoding()
     assert (s.factor, s.kl_bound, s.rescue, s.revoke) == (1.0, 0.01, 0.8, 0.9)
@@ -420,10 +455,6 @@ def test_wino_says_what_it_cannot_do(tiny, options, model_options, words):
 
 
 # ---- Carries
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
@@ -853,3 +884,43 @@ def test_policies_that_are_none(tiny, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         trainer.main()
     assert "group=1 must be at least 2" in capsys.readouterr().err
+
+
+# ---- The experiments
+
+
+def test_an_experiment_sweeps_any_rule_and_trains_its_policies_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    commands = []
+    monkeypatch.setattr(experiment, "succeeds", lambda command: commands.append(command) or True)
+    cells = experiment.Cells("rules", 7)
+    loaded = zoo.load("sudoku/target")
+    cells.models = {"seqd": loaded, "rcd": loaded}
+    for name in cells.e.policies:
+        (o,) = arguments("", trainer.Options, argv=cells.policy_command(name))
+        assert o.seed == 7 and o.model.startswith("sudoku/") and Path(o.out).parent == Path("out/sudoku")
+        cells.train_policy(name)
+        cells.policy(name).parent.mkdir(parents=True, exist_ok=True)
+        cells.policy(name).touch()
+        cells.train_policy(name)  # it is there
+    assert [command[1:3] for command in commands] == [["-m", "zoo.tools.policy"]] * len(cells.e.policies)
+    for c in cells.e.curves:
+        samplers = [setting.sampler for setting in cells.settings(c, {})]
+        assert len(samplers) == 6 and {s.carry for s in samplers} == {c.sampler.get("carry", "residual")}
+        for s, fields in zip(samplers, c.sweep):
+            assert all(getattr(s, name) == value for name, value in fields.items())
+            assert Path(s.policy).is_file() if s.rule == "policy" else not s.policy
+    papers = {(s["rule"], s["threshold"], s["rescue"]) for s in experiment.SWEEPS["R2"]}
+    assert ("r2", 0.9, 0.8) in papers
+
+
+def test_a_table_names_the_rules_where_they_differ():
+    def rows(rule, *values):
+        fixed = {"accuracy": 0.5, "nfe": 3.0, "interval": (0.4, 0.6)}
+        return [{"label": rule, "rule": rule, "value": value, **fixed} for value in values]
+
+    alike = experiment.table_by_curve([rows("static", 4, 8), rows("static", 4, 8)])
+    assert "4 steps" in alike[0] and alike[2] == "| static | 50.0 (40-60) @ 3.0 | 50.0 (40-60) @ 3.0 |"
+    mixed = experiment.table_by_curve([rows("factor", 0.5), rows("threshold", 0.9)])
+    assert mixed[2:] == ["| factor | factor 0.5: 50.0 (40-60) @ 3.0 |",
+                         "| threshold | threshold 0.9: 50.0 (40-60) @ 3.0 |"]  # fmt: skip

@@ -69,7 +69,7 @@ class Decoding(Sampler):
     factor: float = 1.0  # rule=factor: the n surest with (n + 1)(1 - c_n) < this
     kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats
     rescue: float = 0.8  # rule=r2: confidence of a window, of a run or of a stable cell that is enough
-    revoke: float = 0.9  # rule=wino: a filled cell must keep this much p
+    revoke: float = 0.9  # rule=wino: a filled cell must keep this much p (with --threshold=0.6)
     policy: str = ""  # rule=policy: the file of a policy that python -m zoo.tools.policy trained
     speed: float = 1.0  # rule=policy: its chances to commit are multiplied by this
     js_reset: float = 0.0  # drop the residual of a cell whose p moved further, JS in nats (ReMix: 0.3);

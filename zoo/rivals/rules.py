@@ -12,7 +12,8 @@ from rcd import Candidates, Reader, Sampler, by_rows, check, softmax, tile
 
 
 class Notes:
-    """A reader that remembers, around `read`. A rule that looks back is a subclass with commit().
+    """A reader that remembers, around `read`. A rule that looks back is a subclass with a method
+    commit(Candidates, Sampler) -> (N,) bool, the cells to fix now.
 
     Notes are (B, T), an entry for every cell: a new block finds its own empty.
     """
@@ -29,16 +30,11 @@ class Notes:
         return self.read(begin, end, cells, alpha, delta)
 
     def last(self, row: Tensor, column: Tensor) -> Tensor:
-        """(N,) which of the cells of the call before each of these is, -1 = none; these are the next ones."""
+        """(N,) the number of each of these cells among those of the last call, -1 = it was not there."""
         before = self.place[row, column]
         self.place.fill_(-1)
         self.place[row, column] = torch.arange(len(row))
         return before
-
-    def commit(self, c: Candidates, s: Sampler) -> Tensor:
-        """The cells to fix now, (N,) bool."""
-        raise NotImplementedError
-
 
 def looks_back(c: Candidates, s: Sampler) -> Tensor:
     """The entry in RULES of every rule that looks back: its notes decide."""
