@@ -446,7 +446,8 @@ def test_a_wino_that_doubts_everything_still_ends(tiny):
 
 @pytest.mark.parametrize("options,model_options,words", [
     (dict(temperature=0.7), {}, "temperature=0"), (dict(cache="dual", block_size=4), {}, "bidirectional"),
-    (dict(guidance=1.0), {}, "guidance"), ({}, dict(block_size=4), "bidirectional"),
+    (dict(guidance=1.0), {}, "guidance"),
+    (dict(start="self"), {}, "start=self"), ({}, dict(block_size=4), "bidirectional"),
     ({}, dict(logit_shift=True), "logit shift"),
 ])  # fmt: skip
 def test_wino_says_what_it_cannot_do(tiny, options, model_options, words):

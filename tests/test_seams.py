@@ -127,6 +127,25 @@ def test_a_reader(tiny):
     torch.testing.assert_close([s.confidence for s in twice], [s.confidence for s in plain])
 
 
+def test_a_rule_finds_its_reader_and_the_hidden_states_behind_the_logits(tiny):
+    """What a rule or a carry that looks back needs. Two runs side by side have a reader each."""
+    model, seen = tiny(seed=3), ([], [])
+
+    def watching(number):
+        def rule(cells, sampler):
+            seen[number].append(cells.read)
+            torch.testing.assert_close(model.logits(cells.read.hidden), cells.logits)
+            return cells.best(cells.confidence)
+
+        return rule
+
+    rcd.RULES |= {"first": watching(0), "second": watching(1)}
+    for _ in zip(*(rcd.denoise(model, CANVAS, rcd.Sampler(rule=rule)) for rule in ("first", "second"))):
+        pass
+    (first,), (second,) = map(set, seen)
+    assert first is not second and torch.equal(first.tokens, second.tokens) and len(seen[0]) == 9
+
+
 def test_the_readme_solves_a_sudoku_in_ten_lines(tmp_path):
     (code,) = re.findall(r"## From Python\n\n```python\n(.+?)```", README.read_text(), flags=re.DOTALL)
     assert len(code.splitlines()) <= 12

@@ -30,6 +30,7 @@ class Wino(Notes):
         needs = "a bidirectional model without logit shift, cache, guidance or a carry of its own"
         check(plain, f"rule=wino needs {needs}")
         check(s.temperature == 0, f"rule=wino drafts the likeliest token: temperature=0, not {s.temperature}")
+        check(s.start != "self", "rule=wino drafts at every pass, and start=self has passes before the first")
         self.s, self.draft = s, self.tokens.clone()  # (B, T)
         self.accepted = torch.full_like(self.lengths, 30)  # (B,) by the pass before
         self.full = None  # (B,) bool: nothing of the block is masked in the draft
