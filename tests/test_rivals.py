@@ -587,7 +587,10 @@ def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_pat
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
     twin = carries.attach(tiny(seed=2), name, seed=5)
     assert all(torch.equal(p, twin.get_parameter(n)) for n, p in model.named_parameters())
-    assert carries.attach(model, name, seed=6).carry is model.carry  # it keeps the one it has
+    kept = model.carry
+    assert carries.attach(model, name, seed=6).carry is kept  # it keeps the one it has
+    assert carries.of(carries.attach(model, "trajectory", seed=6)) is None  # which another recipe takes away
+    assert model.state_dict().keys() == tiny(seed=2).state_dict().keys()
 
 
 def test_a_carry_of_another_version_is_one_line(tiny, tmp_path):
@@ -672,7 +675,8 @@ def test_a_cell_whose_prediction_jumps_reads_the_bare_mask(tiny):
 
 
 @pytest.mark.parametrize("options,words", [(dict(guidance=1.0), "without guidance"),
-                                           (dict(start="dirichlet"), "cold or self")])  # fmt: skip
+                                           (dict(start="dirichlet"), "cold or self"),
+                                           (dict(js_reset=0.3), "a carry of its own")])  # fmt: skip
 def test_a_learned_carry_says_what_it_cannot_do(tiny, options, words):
     with pytest.raises(ValueError, match=words):
         next(denoise(with_carry(tiny, "gemma"), torch.tensor([CANVASES[1]]), Decoding(**options)))
@@ -847,8 +851,8 @@ def test_speed_scales_the_chances(tiny):
     fill[:, ::5] = False
     net = policy(1)
     net.out.bias.data += 20.0  # the tiny model is never sure
-    runs = [trainer.rollout(tiny(seed=2), net, solutions, fill, Decoding(rule="policy", speed=speed), FIXED,
-                            seeded(0)) for speed in (0.0, 0.3, 1.0, 1e9)]  # fmt: skip
+    samplers = [Decoding(rule="policy", policy_speed=speed) for speed in (0.0, 0.3, 1.0, 1e9)]
+    runs = [trainer.rollout(tiny(seed=2), net, solutions, fill, s, FIXED, seeded(0)) for s in samplers]
     passes = [passes.float().mean().item() for _, _, passes in runs]
     assert passes[0] == fill[0].sum() > passes[1] > passes[2] > passes[3] == 1
 

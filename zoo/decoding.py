@@ -71,7 +71,7 @@ class Decoding(Sampler):
     rescue: float = 0.8  # rule=r2: confidence of a window, of a run or of a stable cell that is enough
     revoke: float = 0.9  # rule=wino: a filled cell must keep this much p (with --threshold=0.6)
     policy: str = ""  # rule=policy: the file of a policy that python -m zoo.tools.policy trained
-    speed: float = 1.0  # rule=policy: its chances to commit are multiplied by this
+    policy_speed: float = 1.0  # rule=policy: its chances to commit are multiplied by this
     js_reset: float = 0.0  # drop the residual of a cell whose p moved further, JS in nats (ReMix: 0.3);
     # 0 = never
     start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's) | self (its own) |
@@ -93,7 +93,7 @@ class Decoding(Sampler):
         super().__post_init__()
         check(self.cache in CACHES, f"cache={self.cache!r}: choose from {', '.join(CACHES)}")
         for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound",
-                     "factor", "kl_bound", "rescue", "revoke", "js_reset", "speed"):  # fmt: skip
+                     "factor", "kl_bound", "rescue", "revoke", "js_reset", "policy_speed"):  # fmt: skip
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
         passes = self.self_passes

@@ -260,7 +260,7 @@ def on_both(label: str, sweep: tuple[dict, ...]) -> list[Curve]:
 
 def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
     """A policy is quick or careful by its training, and by the factor on its chances."""
-    speeds = swept("policy", "speed", 0.3, 0.5, 1, 2, 4, 8)
+    speeds = swept("policy", "policy_speed", 0.3, 0.5, 1, 2, 4, 8)
     return Curve(label, run, {"policy": policy, **sampler}, sweep=speeds)
 
 

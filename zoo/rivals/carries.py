@@ -45,9 +45,13 @@ def of(model: Transformer) -> nn.Module | None:
 
 
 def attach(model: Transformer, name: str, seed: int) -> Transformer:
-    """Give the model a carry of this name, unless it has it. At first it changes nothing: what a carry adds
-    is multiplied by zero, or nearly so. Raises ValueError."""
-    if name not in getattr(model, "carry", {}):
+    """Give the model the carry `name`, unless it has it; any other name takes away the one it has.
+
+    At first a new carry changes nothing: what it adds is multiplied by zero, or nearly so.
+    """
+    if name not in LEARNED and hasattr(model, "carry"):
+        del model.carry
+    if name in LEARNED and name not in getattr(model, "carry", {}):
         shaped(model, name).carry.to(model.embedding.device, model.embedding.dtype)
         generator = torch.Generator().manual_seed(seed)
         for tensor, p in model.carry.named_parameters():
@@ -77,9 +81,11 @@ class Carrying(Notes):
     """A reader for a model with its own carry. What the loop hands on is only asked whether it is there."""
 
     def __init__(self, read: Reader, s: Sampler):
+        """s: a Decoding. Raises ValueError for what a model with its own carry has not learned."""
         super().__init__(read, s)
         check(isinstance(read, Reader), "a model with its own carry is read without guidance")
         check(s.start in ("cold", "self"), f"start={s.start}: a model with its own carry starts cold or self")
+        check(not s.js_reset, "js_reset drops a residual, and this model has a carry of its own")
         self.kept = None  # hidden (N, D) and logits (N, V) of the pass before
 
     def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, alpha: Tensor | None, delta: Tensor | None):

@@ -95,7 +95,7 @@ class Acting(Notes):
         with torch.autocast("cpu", enabled=False):  # as it will be trained
             chance = self.net(*seen).sigmoid()[index, c.column]  # (N,) s_i
         device = c.generator.device if c.generator else None
-        u = torch.rand(len(chance), generator=c.generator, device=device).cpu() < s.speed * chance
+        u = torch.rand(len(chance), generator=c.generator, device=device).cpu() < s.policy_speed * chance
         if self.acts is not None:
             on_canvas = torch.zeros_like(seen[1]).index_put((index, c.column), u)
             self.acts.append(Act(rows, *seen, on_canvas))

@@ -94,7 +94,8 @@ def measure(model: Transformer, net: Policy, puzzles: Puzzles, items: int, s: De
     canvas, rows = solutions.masked_fill(fill, model.config.mask_id), []
     for speed in (0.5, 1.0, 2.0):
         generator = Generator(model.embedding.device).manual_seed(seed)
-        _, right, passes = rollout(model, net, solutions, fill, replace(s, speed=speed), residual, generator)
+        _, right, passes = rollout(model, net, solutions, fill, replace(s, policy_speed=speed), residual,
+                                   generator)  # fmt: skip
         rows.append((f"policy, speed {speed:g}", right.float().mean().item(), passes.float().mean().item()))
     for threshold in (0.5, 0.7, 0.8, 0.9, 0.95):
         plain = replace(s, rule="threshold", threshold=threshold)

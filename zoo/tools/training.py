@@ -219,20 +219,18 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     o = r.o
     if stage == "base":
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
-    own_carry = stage == "target" and o.recipe in carries.LEARNED
+    carry = o.recipe if stage == "target" else ""  # not every recipe brings a carry with parameters
     if not o.init_from:
-        model = load(r.root / "base", r.device, torch.float32)
-        return carries.attach(model, o.recipe, o.seed) if own_carry else model, None
+        return carries.attach(load(r.root / "base", r.device, torch.float32), carry, o.seed), None
     loaded = zoo.load(o.init_from, r.device, torch.float32)
     most = loaded.model.config.max_len
     if r.length > most:
         raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {o.init_from}")
     own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
-    if own_carry and not own:
+    if carry in carries.LEARNED and not own:
         here = "a carry with parameters is saved in this project's own layout only"
-        raise ValueError(f"recipe={o.recipe} cannot convert {o.init_from}: {here}")
-    model = carries.attach(loaded.model, o.recipe, o.seed) if own_carry else loaded.model
-    return model, None if own else loaded
+        raise ValueError(f"recipe={carry} cannot convert {o.init_from}: {here}")
+    return carries.attach(loaded.model, carry, o.seed), None if own else loaded
 
 
 # ---- Batches
