@@ -14,6 +14,7 @@ Examples:
   python train.py --recipe=paper --name=paper  stage 2 by Algorithm 1
   python train.py --resume                     go on after Ctrl-C
   python train.py --data=gsm8k --init_from=JetLM/SDAR-1.7B-Chat --recipe=paper --remat
+  torchrun --nproc_per_node=8 train.py ...     on eight GPUs: the same batches, the same weights
 """
 
 import os
@@ -23,6 +24,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -38,12 +40,13 @@ from rcd import Sampler, diffusion_loss, earlier_context, maskable, reference_co
 from zoo import speed
 from zoo.decoding import Carry
 from zoo.progress import progress
-from zoo.recipes import Trajectories, sometimes_absent
-from zoo.tools import training
+from zoo.recipes import sometimes_absent
+from zoo.tools import distributed, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
 from zoo.tools.command import arguments, autocast, pick_device, run
-from zoo.tools.training import (Log, Run, State, Stop, accuracy, batches, draw_t, generators, learning_rate,
-                                move, split_rows, validate)  # fmt: skip
+from zoo.tools.distributed import SharedTrajectories, once
+from zoo.tools.training import (Run, State, Stop, accuracy, batches, draw_t, generators, learning_rate, move,
+                                split_rows, validate)  # fmt: skip
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")
@@ -162,6 +165,7 @@ def train_stage(stage: str, r: Run) -> None:
         speed.remat(model)
     if o.compile:
         model.compile()
+    learn = distributed.parallel(model)
 
     # Where stage 2 gets its residual. The base and stage 1 have none.
     context, trajectories = None, []
@@ -172,48 +176,56 @@ def train_stage(stage: str, r: Run) -> None:
         context = earlier_context(r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
         packed = dataset.segments("train") is not None
-        trajectories = [Trajectories(model.config, n, length, device, packed, o.window)
+        trajectories = [SharedTrajectories(model.config, n, length, device, packed, o.window)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip
     if context and o.absent:
         context = sometimes_absent(context, o.absent)
 
     draw, draw_val = batches(dataset, "train", length), batches(dataset, "val", length)
 
+    def turn(step: int) -> list[SharedTrajectories]:
+        """The trajectories that take a step now."""
+        return trajectories[step % o.buffer * len(rows) :][: len(rows)]
+
     def losses(step: int, generator: Generator, noise: Generator) -> Iterator[Tensor]:
-        """The loss of a batch, in as many summands as --accumulate says."""
+        """This process's part of the loss of a batch, in as many summands as --accumulate says."""
         if trajectories:
-            for n, some in zip(rows, trajectories[step % o.buffer * len(rows) :]):
+            some, fresh = turn(step), lambda n: move(draw(n, generator), device)
+            for i, n in enumerate(rows):
                 with autocast(device, dtype):
-                    loss = some.loss(model, lambda k: move(draw(k, generator), device), r.residual, noise)
+                    part = functools.partial(some[i].loss, model, fresh, r.residual, noise)
+                    loss = learn(part, last=i == len(rows) - 1)
                 yield loss * (n / o.batch_size)
             return
         pieces = split_rows(draw(o.batch_size, generator), rows)
-        counts = [int(maskable(model.config, response, at).sum()) for _, response, at in pieces]
-        for count, piece in zip(counts, pieces):
-            if count == 0 < sum(counts):
-                continue  # rows without an answer
-            tokens, response, positions = move(piece, device)
+        counts = [maskable(model.config, response, at).sum(1) for _, response, at in pieces]  # of each row
+        whole = sum(int(count.sum()) for count in counts)
+        some = [i for i, count in enumerate(counts) if count.any() or not whole]  # rows with an answer
+        for i in some:
+            tokens, response, positions = move(pieces[i], device)
             with autocast(device, dtype):
                 t = draw_t(tokens, positions, o.t_per, model.config.block_size, noise)
-                loss = diffusion_loss(model, tokens, response, positions, context=context, t=t,
-                                      generator=noise)  # fmt: skip
-            yield loss * (count / sum(counts))  # each token counts alike
+                mine, drawn = distributed.own(tokens, response, positions, t, noise)
+                part = functools.partial(diffusion_loss, model, *mine, context=context, **drawn)
+                loss = learn(part, last=i == some[-1])
+            count = int(counts[i][distributed.share(rows[i])].sum())
+            yield loss * (count / whole)  # each token counts alike
 
     # What is saved and logged.
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset.tokenizer.save(folder)
+    once(lambda: training.open_folder(folder, dataset.tokenizer))
     meta = training.record(stage, recipe, r, origin)
     frozen = training.frozen(meta["options"], dtype)
     state = State(model, o, trajectories)
-    if o.resume and (folder / "state.safetensors").is_file():
+    if o.resume and training.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
-    log = Log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak)
+    log = training.open_log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak)
     sampler = Sampler(rule="threshold", carry="residual" if stage == "target" else "none")
 
-    with Stop() as stop, progress(steps, stage, "steps", initial=state.step) as bar:
-        while state.step < steps and not stop.asked:
+    quiet = distributed.rank() > 0
+    with Stop() as stop, progress(steps, stage, "steps", initial=state.step, quiet=quiet) as bar:
+        while not stop.asked() and state.step < steps:
             rate, total = learning_rate(o, state.step, steps), 0.0
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
@@ -221,8 +233,11 @@ def train_stage(stage: str, r: Run) -> None:
             for loss in losses(state.step, *seeded):
                 loss.backward()
                 total += loss.detach()
-            if o.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            total = distributed.total(total)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+            if not math.isfinite(total + norm):
+                again, _ = generators(o.seed, STAGES.index(stage), state.step, device=device)
+                training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.average()
@@ -232,7 +247,7 @@ def train_stage(stage: str, r: Run) -> None:
             bar.update()
             if state.step % max(1, steps // 100) and state.step < steps:
                 continue
-            entry = log.entry(o, state.step, rate)
+            entry = log.entry(state.step, rate)
             if state.step % o.eval_every == 0 or state.step == steps:
                 with log.paused():
                     bound = validate(model, draw_val, context, device, dtype, length, rows[0])
@@ -249,11 +264,12 @@ def train_stage(stage: str, r: Run) -> None:
     state.finish()
     tokens = state.step * tokens_per_step
     meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
-    training.save_stage(model, origin, folder, meta)
+    once(lambda: training.save_stage(model, origin, folder, meta))
     print(f"{stage}: {state.step} steps, {tokens:,} tokens -> {folder}")
 
 
 def main() -> None:
+    distributed.only_the_first_speaks()
     opened = functools.cache(data.load)
 
     def presets(typed: dict) -> dict:
@@ -276,14 +292,16 @@ def main() -> None:
     speed_here = f"{peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}"
     print(f"matmuls run at {speed_here}; mfu is the model's share of that")
 
-    r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
-    for stage in stages:
-        if o.resume and (root / stage / "train.json").is_file():
-            print(f"{stage}: already there, {root / stage}")
-        else:
-            train_stage(stage, r)
-    if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
-        training.final_table(r)
+    with distributed.joined(device, training.command(resume=True)) as device, training.claimed(root):
+        peak *= distributed.processes()
+        r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
+        for stage in stages:
+            if o.resume and (root / stage / "train.json").is_file():
+                print(f"{stage}: already there, {root / stage}")
+            else:
+                train_stage(stage, r)
+        if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
+            training.final_table(r)
     # A text has more blocks than 8, and a chat model has no examples.
     show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"
     minutes, last = (time.perf_counter() - begin) / 60, root / stages[-1]

@@ -3,15 +3,18 @@
 `o` and `shape` stand for the dataclasses Train and Shape of train.py: options by name.
 """
 
+import errno
 import functools
 import json
 import math
+import os
+import platform
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +31,8 @@ from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss,
 from zoo import tokenizer
 from zoo.decoding import RENAMED, Decoding
 from zoo.files import load, save, write_atomic
-from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
+from zoo.recipes import document_positions, init_weights, noise_levels
+from zoo.tools import distributed
 from zoo.tools.budget import available, memory, report_memory, shape_of
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
@@ -42,7 +46,7 @@ FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every"
 def command(resume: bool = False) -> str:
     """The command line of this run, to be typed again."""
     typed = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "train.py", *typed, *(["--resume"] if resume else [])])
+    return shlex.join([*distributed.launcher(), "train.py", *typed, *(["--resume"] if resume else [])])
 
 
 def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
@@ -76,6 +80,9 @@ def check_options(o, block_size: int) -> None:
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
         (not 1 <= o.accumulate <= o.batch_size,
          f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}"),
+        (o.batch_size // max(1, o.accumulate) < distributed.environment("WORLD_SIZE"),
+         f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
+         f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
         (not 0 <= o.absent < 1 or (o.absent and trajectory),
          f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
          "start without a residual"),
@@ -103,11 +110,57 @@ def check_tokens(dataset, init_from: str, reference: str) -> None:
 
 def check_folder(root: Path, stages: list[str], o) -> None:
     """Raises ValueError for stages that are there already, unless they are to be resumed or overwritten."""
-    files = ("train.json", "state.safetensors")
-    found = ", ".join(s for s in stages if any((root / s / f).exists() for f in files))
+    found = ", ".join(s for s in stages if (root / s / "train.json").exists() or states(root / s))
     if found and not (o.resume or o.overwrite):
         ways = "--resume goes on, --overwrite starts again, --name=NAME keeps both"
         raise ValueError(f"{root} already holds {found}: {ways}")
+
+
+# What the system says if it will not write: no permission, a read-only file system, no room.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@contextmanager
+def claimed(root: Path):
+    """The run folder, for this run alone: root/.lock is locked, and names the process that holds it.
+
+    The system frees the lock of a process that has died. Raises ValueError if another one holds it, and
+    OSError, in one line, if something cannot be written there.
+    """
+    files = []
+
+    def lock() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        files.append(open(root / ".lock", "a+"))
+        try:
+            import fcntl  # not on Windows
+        except ImportError:
+            return
+        try:
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            files[0].seek(0)
+            holder = files[0].read().strip() or "another process"
+            raise ValueError(f"{root} is in use by {holder}; wait for it, or choose --name=NAME") from None
+        except OSError as error:
+            alone = "see to it that no second run writes there"
+            print(f"WARNING: {root} cannot be locked ({error.strerror}): {alone}", file=sys.stderr)
+        files[0].truncate(0)
+        files[0].write(f"process {os.getpid()} on {platform.node()}: {command()}\n")
+        files[0].flush()
+
+    try:
+        distributed.once(lock)
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSED:
+            raise
+        why = getattr(error, "strerror", None) or str(error)
+        kept = "what was saved before is still there; mend that, then go on with"
+        raise OSError(f"cannot write to {root}: {why}; {kept}: {command(resume=True)}") from None
+    finally:
+        for file in files:
+            file.close()
 
 
 def quick_attention(device: torch.device, length: int) -> None:
@@ -262,30 +315,54 @@ def generators(*seeds: int, device: torch.device) -> tuple[torch.Generator, torc
 
 
 class Stop:
-    """Within it the first Ctrl-C or SIGTERM only sets `asked`: no step is cut in two. The next interrupts."""
+    """Within it the first Ctrl-C or SIGTERM only is noted: no step is cut in two. The next interrupts.
+
+    torchrun hands every Ctrl-C on, so that its processes get it twice. They are not interrupted.
+    """
 
     def __enter__(self) -> "Stop":
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.noted = False
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted and distributed.processes() == 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.noted = True
+
+    def asked(self) -> bool:
+        """Whether any process was told to stop: all of them end with the same step."""
+        return distributed.anyone(self.noted)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
+def open_folder(folder: Path, tokens) -> None:
+    """Make the folder of a stage, with the tokenizer, and without what a killed process left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{STATE}.*"):
+        path.unlink()
+    tokens.save(folder)
+
+
+STATE, BEFORE = "state.safetensors", "state.before.safetensors"  # of the last save, and of the one before
+
+
+def states(folder: Path) -> list[Path]:
+    """The files that a stage can be resumed from, the newest first."""
+    return [folder / name for name in (STATE, BEFORE) if (folder / name).is_file()]
+
+
 class State:
     """What a resumed stage needs: weights, AdamW's moments, the moving average, trajectories under way.
 
-    All are of one step, and in one file, folder/state.safetensors, with the options that decide the weights.
+    All are of one step, and in one file, folder/state.safetensors, with the options that decide the weights:
+    the same file for any number of processes.
     """
 
-    def __init__(self, model: Transformer, o, trajectories: list[Trajectories]):
+    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories]):
         self.model, self.step, self.trajectories = model, 0, trajectories
         by_dim = {n: p.dim() < 2 for n, p in model.named_parameters()}
         self.names = sorted(by_dim, key=by_dim.get)  # matrices first, as AdamW counts
@@ -311,26 +388,45 @@ class State:
                 self.model.get_parameter(name).copy_(average)
 
     def save(self, folder: Path, options: dict[str, str]) -> None:
+        """Process 0 writes the file. The one before it stays, under another name, until the next save."""
         tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.model.named_parameters()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{key}.{self.names[index]}": value.contiguous() for key, value in values.items()}
         tensors |= {f"ema.{n}": p for n, p in self.ema.items()}
         for i, group in enumerate(self.trajectories):
-            tensors |= {f"trajectory{i}.{n}": v.contiguous() for n, v in group.state.items()}
+            whole = {n: distributed.gather(v, group.rows) for n, v in group.state.items()}
+            tensors |= {f"trajectory{i}.{n}": v.contiguous() for n, v in whole.items() if v is not None}
         meta = {"step": str(self.step), **options}
-        write_atomic(folder / "state.safetensors", lambda path: save_file(tensors, path, metadata=meta))
+
+        def write(path: Path) -> None:
+            save_file(tensors, path, metadata=meta)
+            if (folder / STATE).exists():
+                os.replace(folder / STATE, folder / BEFORE)
+
+        distributed.once(lambda: write_atomic(folder / STATE, write))
 
     def restore(self, folder: Path, options: dict[str, str]) -> None:
-        """Raises ValueError if the options were others: going on would not give the same weights."""
-        path = folder / "state.safetensors"
-        with safe_open(path, "pt") as f:
-            saved = {RENAMED.get(k, k): v for k, v in f.metadata().items()}
+        """Go on from the newest state that is whole.
+
+        Raises ValueError if there is none, or if the options were others: the weights would not be the same.
+        """
+        for path in states(folder):
+            try:
+                with safe_open(path, "pt") as f:
+                    saved = {RENAMED.get(k, k): v for k, v in f.metadata().items()}
+                tensors = load_file(path)
+                break
+            except (SafetensorError, OSError) as error:
+                print(f"{path} is damaged: {error}", file=sys.stderr)
+        else:
+            raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
+        if path.name == BEFORE:
+            print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
         changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
         if changed:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
-        self.step, tensors = int(saved["step"]), load_file(path)
-        kinds, moments = ("step", "exp_avg", "exp_avg_sq"), {}
+        self.step, kinds, moments = int(saved["step"]), ("step", "exp_avg", "exp_avg_sq"), {}
         if self.step:
             moments = {i: {k: tensors[f"{k}.{n}"] for k in kinds} for i, n in enumerate(self.names)}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
@@ -342,7 +438,8 @@ class State:
         for i, group in enumerate(self.trajectories):
             if f"trajectory{i}.segments" in tensors:  # of an earlier version
                 tensors[f"trajectory{i}.positions"] = document_positions(tensors[f"trajectory{i}.segments"])
-            group.state = {n: tensors[f"trajectory{i}.{n}"].to(v.device) for n, v in group.state.items()}
+            whole = {n: tensors[f"trajectory{i}.{n}"] for n in group.state}
+            group.state = {n: whole[n][group.mine].to(v.device) for n, v in group.state.items()}
 
 
 class Log:
@@ -360,12 +457,9 @@ class Log:
     def add(self, loss: Tensor) -> None:
         self.total, self.count = self.total + loss, self.count + 1
 
-    def entry(self, o, step: int, rate: float) -> dict:
-        """Of the steps since the last one. Raises ValueError if their loss is no number."""
+    def entry(self, step: int, rate: float) -> dict:
+        """Of the steps since the last one."""
         mean, self.total, self.count = float(self.total) / self.count, 0.0, 0
-        if not math.isfinite(mean):
-            remedy = f"lower --lr (now {o.lr}) or raise --warmup"
-            raise ValueError(f"the loss became {mean} at step {step}: {remedy}")
         speed = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.begin)  # tokens/s
         flops = speed * self.flops_per_token
         return {
@@ -398,15 +492,61 @@ class Log:
         return json.loads(lines[-1]) if lines else {}
 
 
+class NoLog:
+    """In place of the Log in all processes but the first."""
+
+    def add(self, loss: Tensor) -> None: ...
+
+    def entry(self, step: int, rate: float) -> dict:
+        return {}
+
+    def paused(self):
+        return nullcontext()
+
+    def write(self, entry: dict) -> dict:
+        return {}
+
+    def last(self) -> dict:
+        return {}
+
+
+def open_log(path: Path, step: int, tokens_per_step: int, flops_per_token: float, peak: float) -> Log | NoLog:
+    """See Log. Only process 0 writes one."""
+    return NoLog() if distributed.rank() else Log(path, step, tokens_per_step, flops_per_token, peak)
+
+
+def not_finite(folder: Path, o, step: int, loss: Tensor, batch: Batch,
+               under_way: list[distributed.SharedTrajectories]) -> None:  # fmt: skip
+    """Write what a step read whose loss or gradient is no number, and raise ValueError. The weights are still
+    those before it.
+
+    under_way: the trajectories that took the step, in place of the batch.
+    """
+    names, path = ("tokens", "response", "positions"), folder / "not-finite.safetensors"
+    read = {n: [x] for n, x in zip(names, batch) if x is not None}
+    if under_way:
+        read = {n: [distributed.gather(g.state[n], g.rows) for g in under_way] for n in read}
+
+    def write(temporary: Path) -> None:
+        facts = {"step": str(step + 1), "loss": str(float(loss))}
+        save_file({n: torch.cat(x).contiguous() for n, x in read.items()}, temporary, metadata=facts)
+
+    distributed.once(lambda: write_atomic(path, write))
+    what = f"the loss became {float(loss)}" if not loss.isfinite() else "the gradient is no longer finite"
+    remedy = f"lower --lr (now {o.lr}) or raise --warmup, and start again with --overwrite"
+    raise ValueError(f"{what} at step {step + 1}: its batch is in {path}, what was saved stays; {remedy}")
+
+
 def validate(model: Transformer, draw: Draw, context: Context | None, device: torch.device,
              dtype: torch.dtype, length: int, rows: int) -> float:  # fmt: skip
     """The 1/t-weighted bound in nats per response token, always on the same canvases, noise levels and masks.
 
     1,024 canvases, fewer if they are long. A forward takes `rows` of them, or 16,384 tokens if that is more.
+    Of several processes each takes some of the four draws.
     """
     total, repeats, drawn = 0.0, 4, max(4, min(256, (1 << 16) // length))
     with torch.no_grad(), autocast(device, dtype):
-        for i in range(repeats):
+        for i in range(distributed.rank(), repeats, distributed.processes()):
             generator, noise = torch.Generator().manual_seed(i), torch.Generator(device).manual_seed(i)
             tokens, response, positions = draw(drawn, generator)
             t = draw_t(tokens, positions, "document", 0, generator)
@@ -416,7 +556,7 @@ def validate(model: Transformer, draw: Draw, context: Context | None, device: to
                 t_k = t[k].to(device)
                 loss = diffusion_loss(model, *some, context=context, t=t_k, generator=noise).item()
                 total += loss * (count[k].sum() / count.sum()).item()
-    return total / repeats
+    return float(distributed.total(torch.tensor(total, dtype=torch.float64))) / repeats
 
 
 def has_answers(dataset, split: str) -> bool:
@@ -462,7 +602,8 @@ def save_stage(model: Transformer, origin: zoo.Loaded | None, folder: Path, meta
     else:
         defaults = origin.defaults | {"carry": "residual" if meta["stage"] == "target" else "none"}
         zoo.save(origin._replace(model=model, defaults=defaults, meta=meta), folder)
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    for path in states(folder):
+        path.unlink()
 
 
 def final_table(r: Run) -> None:
