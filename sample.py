@@ -46,6 +46,7 @@ from data.canvases import Puzzles, canvases, task_of
 from rcd import Step, Transformer, denoise
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
+from zoo.tools import distributed
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate, plot, sweep, table
 from zoo.tools.viewers import Stream, Terminal, Trace, page
@@ -238,4 +239,4 @@ def compiled(models: set[Transformer], sampler: Decoding, device: torch.device) 
 
 
 if __name__ == "__main__":
-    run(main)
+    run(distributed.together(main))

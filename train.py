@@ -45,8 +45,8 @@ from zoo.tools import distributed, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.distributed import SharedTrajectories, once
-from zoo.tools.training import (Run, State, Stop, accuracy, batches, draw_t, generators, learning_rate, move,
-                                split_rows, validate)  # fmt: skip
+from zoo.tools.training import (RECIPES, Run, State, Stop, accuracy, batches, draw_t, generators, implied,
+                                learning_rate, move, split_rows, validate)  # fmt: skip
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")
@@ -111,28 +111,6 @@ PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500,
             "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }  # fmt: skip
-
-# Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
-# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
-# point of accuracy where passes are many.
-RECIPES = {
-    "trajectory": {"weight": "fixed", "fixed": 0.5},
-    "paper": {"weight": "entropy"},
-    "earlier": {"weight": "fixed", "fixed": 0.5},
-}
-
-
-def implied(typed: dict, dataset: data.Dataset) -> dict:
-    """Defaults that the typed options and the data set imply.
-
-    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
-    """
-    response = dataset.response("train")
-    short = response is not None and response[:1024].sum(1).mean() < 64
-    recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
-    absent, test_items = 0.3 * (recipe == "earlier"), 500 if short else 16
-    return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
-
 
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
@@ -269,7 +247,6 @@ def train_stage(stage: str, r: Run) -> None:
 
 
 def main() -> None:
-    distributed.only_the_first_speaks()
     opened = functools.cache(data.load)
 
     def presets(typed: dict) -> dict:
@@ -292,9 +269,9 @@ def main() -> None:
     speed_here = f"{peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}"
     print(f"matmuls run at {speed_here}; mfu is the model's share of that")
 
-    with distributed.joined(device, training.command(resume=True)) as device, training.claimed(root):
-        peak *= distributed.processes()
-        r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
+    peak *= distributed.processes()
+    r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
+    with training.claimed(root):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():
                 print(f"{stage}: already there, {root / stage}")
@@ -309,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(distributed.together(main, go_on=training.command(resume=True)))

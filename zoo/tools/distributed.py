@@ -11,7 +11,7 @@ import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -52,52 +52,46 @@ def launcher() -> list[str]:
 # ---- Start and end
 
 
-def only_the_first_speaks() -> None:
-    """All processes come to the same messages: process 0 prints them, and mistakes the first of a machine."""
-    if environment("RANK"):
-        sys.stdout = open(os.devnull, "w")
-    if environment("LOCAL_RANK"):
-        sys.stderr = open(os.devnull, "w")
+def together(main: Callable[[], None], go_on: str = "") -> Callable[[], None]:
+    """main, run side by side by the processes that torchrun started; as it is without torchrun.
 
-
-@contextlib.contextmanager
-def joined(device: torch.device, go_on: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun started; yields the device of this one.
-
-    Raises ValueError if this machine has too few devices. If another process dies, those that are left end
-    with ConnectionError and what to type to go_on. Only torchrun knows all of them: it ends the others.
+    All come to the same messages: process 0 prints them, and the first process of a machine its mistakes.
+    torchrun ends all processes when one dies. The first that notices says so, and what to type to go_on.
     """
-    if environment("WORLD_SIZE") < 2:
-        yield device
-        return
-    local, cuda = environment("LOCAL_RANK"), device.type == "cuda"
-    if cuda and local >= torch.cuda.device_count():
-        raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}, but this machine has "
-                         f"{torch.cuda.device_count()} GPUs: start one process for each")  # fmt: skip
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"several processes need CUDA or --device=cpu, not {device.type}")
-    if cuda:
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    store, number, size = next(rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, store=store,
-                            rank=number, world_size=size)  # fmt: skip
-    try:
-        yield device
-    except RuntimeError as error:
-        words = ("gloo", "NCCL", "onnection")
-        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-        if not lost or store.add("told", 1) == 1:  # the first of those that are left tells it
-            sys.stderr = sys.__stderr__
-        if lost:
-            raise ConnectionError(f"another process of this run has ended; go on with: {go_on}") from None
-        raise
-    except OSError as error:
-        if error.errno:  # of this machine alone: what is wrong everywhere has none
-            sys.stderr = sys.__stderr__
-        raise
-    finally:
-        dist.destroy_process_group()
+
+    def joined() -> None:
+        local, gpus = environment("LOCAL_RANK"), torch.cuda.device_count()
+        if environment("RANK"):
+            sys.stdout = open(os.devnull, "w")
+        if local:
+            sys.stderr = open(os.devnull, "w")
+        if local < gpus:
+            torch.cuda.set_device(local)  # which "cuda" is
+        elif gpus and "--device=cpu" not in sys.argv:
+            wanted = f"--nproc_per_node={environment('LOCAL_WORLD_SIZE')}"
+            raise ValueError(f"{wanted}, but this machine has {gpus} GPUs: start one process for each")
+        store, number, size = next(rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE, store=store,
+                                rank=number, world_size=size)  # fmt: skip
+        try:
+            main()
+        except RuntimeError as error:
+            words = ("gloo", "NCCL", "onnection")
+            lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+            if not lost or store.add("told", 1) == 1:
+                sys.stderr = sys.__stderr__
+            if lost:
+                then = f"; go on with: {go_on}" if go_on else ""
+                raise ConnectionError(f"another process of this run has ended{then}") from None
+            raise
+        except OSError as error:
+            if error.errno:  # of this machine alone: what is wrong everywhere has none
+                sys.stderr = sys.__stderr__
+            raise
+        finally:
+            dist.destroy_process_group()
+
+    return joined if environment("WORLD_SIZE") > 1 else main
 
 
 def total(x: Tensor) -> Tensor:
@@ -206,8 +200,10 @@ def parallel(model: Transformer) -> Callable[[Callable[[], Tensor], bool], Tenso
     before it nothing is exchanged."""
     if processes() == 1:
         return lambda loss, last: loss()
+    if model.embedding.device.type == "mps":
+        raise ValueError("several processes need CUDA, or --device=cpu")
     experts = any(hasattr(layer.mlp, "experts") for layer in model.layers)  # not all of them meet a token
-    module = DistributedDataParallel(Loss(model), broadcast_buffers=False, gradient_as_bucket_view=True,
+    module = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True,
                                      find_unused_parameters=experts)  # fmt: skip
 
     module.register_comm_hook(None, summed)
