@@ -35,7 +35,6 @@ import torch
 from torch import Generator, Tensor
 
 import data
-import zoo
 from rcd import Sampler, diffusion_loss, earlier_context, maskable, reference_context
 from zoo import speed
 from zoo.decoding import Carry
@@ -77,6 +76,8 @@ class Train:
     # bfloat16 where the processor has it
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
+    shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
+    # auto (full if it does not fit)
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
@@ -117,7 +118,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
     training.check_choices(o, {
         "preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES, "schedule": ("cosine", "constant"),
-        "t_per": ("document", "block"),
+        "t_per": ("document", "block"), "shard": ("auto", "none", "full"),
     })  # fmt: skip
     training.fill_zeros(PRESETS[o.preset], o, shape)
     training.check_options(o, shape.block_size)
@@ -132,9 +133,8 @@ def train_stage(stage: str, r: Run) -> None:
 
     # The model to train, and the frozen reference of Algorithm 1.
     named = training.reference_of(recipe, r) if stage != "base" else ""
-    training.report_stage(stage, recipe, r, named)  # does it fit into memory?
-    model, origin = training.start_of(stage, r)
-    reference = zoo.load(named, device).model.requires_grad_(False) if named else None  # in its stored dtype
+    sharded = training.report_stage(stage, recipe, r, named)  # does it fit into memory?
+    model, origin, reference, parallel = training.open_models(stage, r, named, sharded)
     size = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {size:,} parameters, {steps} steps of {o.batch_size} canvases")
     for network in filter(None, (model, reference)):
@@ -143,13 +143,13 @@ def train_stage(stage: str, r: Run) -> None:
         speed.remat(model)
     if o.compile:
         model.compile()
-    learn = distributed.parallel(model)
 
     # Where stage 2 gets its residual. The base and stage 1 have none.
     context, trajectories = None, []
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
     if recipe == "paper":  # Algorithm 1: from the reference, which reads the same x_t
         context = reference_context(reference, r.residual)
+        context = distributed.gathered(context, reference) if sharded else context
     elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
         context = earlier_context(r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
@@ -172,7 +172,7 @@ def train_stage(stage: str, r: Run) -> None:
             for i, n in enumerate(rows):
                 with autocast(device, dtype):
                     part = functools.partial(some[i].loss, model, fresh, r.residual, noise)
-                    loss = learn(part, last=i == len(rows) - 1)
+                    loss = parallel.loss(part, last=i == len(rows) - 1)
                 yield loss * (n / o.batch_size)
             return
         pieces = split_rows(draw(o.batch_size, generator), rows)
@@ -185,7 +185,7 @@ def train_stage(stage: str, r: Run) -> None:
                 t = draw_t(tokens, positions, o.t_per, model.config.block_size, noise)
                 mine, drawn = distributed.own(tokens, response, positions, t, noise)
                 part = functools.partial(diffusion_loss, model, *mine, context=context, **drawn)
-                loss = learn(part, last=i == some[-1])
+                loss = parallel.loss(part, last=i == some[-1])
             count = int(counts[i][distributed.share(rows[i])].sum())
             yield loss * (count / whole)  # each token counts alike
 
@@ -212,7 +212,7 @@ def train_stage(stage: str, r: Run) -> None:
                 loss.backward()
                 total += loss.detach()
             total = distributed.total(total)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+            norm = distributed.clip(model, o.clip or math.inf)
             if not math.isfinite(total + norm):
                 again, _ = generators(o.seed, STAGES.index(stage), state.step, device=device)
                 training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
@@ -228,9 +228,11 @@ def train_stage(stage: str, r: Run) -> None:
             entry = log.entry(state.step, rate)
             if state.step % o.eval_every == 0 or state.step == steps:
                 with log.paused():
-                    bound = validate(model, draw_val, context, device, dtype, length, rows[0])
+                    given = (model, draw_val, context, device, dtype, length, rows[0])
+                    bound = parallel.read(functools.partial(validate, *given))
                     entry |= {"val_loss": round(bound, 5)}
-                    entry |= accuracy(model, dataset, o.eval_items, sampler, dtype)
+                    if not sharded:
+                        entry |= accuracy(model, dataset, o.eval_items, sampler, dtype)
                     state.save(folder, frozen)
             bar.set_postfix(log.write(entry))
 
@@ -242,7 +244,8 @@ def train_stage(stage: str, r: Run) -> None:
     state.finish()
     tokens = state.step * tokens_per_step
     meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
-    once(lambda: training.save_stage(model, origin, folder, meta))
+    result = distributed.whole(model) if sharded else model
+    once(lambda: training.save_stage(result, origin, folder, meta))
     print(f"{stage}: {state.step} steps, {tokens:,} tokens -> {folder}")
 
 

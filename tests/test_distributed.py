@@ -31,6 +31,8 @@ from zoo.tools import budget, command, distributed, training
 from zoo.tools.evaluate import Setting, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--base_steps=2", "--steps=4", "--eval_every=4", "--batch_size=8", "--eval_items=0",
+         "--test_items=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def child(number: int, n: int, ports: list[int], jobs: list) -> None:
     for port, work in zip(ports, jobs):
         os.environ["MASTER_PORT"] = str(port)
         if isinstance(work, list):
-            sys.argv = ["train.py", *TINY, "--batch_size=8", "--eval_items=0", "--test_items=0", *work]
+            sys.argv = ["train.py", *TINY, *SHORT, *work]
             work = train.main
         command.run(distributed.together(work))
 
@@ -74,7 +76,7 @@ def run(n: int, *jobs: list[str] | Callable[[], None]) -> list[int]:
     for process in started:
         process.start()
     for process in started:
-        process.join(100)
+        process.join(400)
     return [process.exitcode for process in started]
 
 
@@ -82,7 +84,7 @@ RECIPES = {
     "paper": ["sudoku", "--recipe=paper", "--absent=0.2", "--ema=0.5"],
     "earlier": ["sudoku", "--recipe=earlier", "--accumulate=2", "--clip=0.1"],
     "trajectory": ["sudoku", "--recipe=trajectory", "--buffer=2", "--window=2", "--accumulate=2", "--remat"],
-    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--block_size=4", "--steps=12"],
+    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--block_size=4", "--steps=8"],
     "noise": ["packed", "--recipe=paper", "--block_size=4", "--t_per=block", "--accumulate=2"],
 }
 
@@ -95,24 +97,27 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+WAYS = {"1": (1, []), "2": (2, []), "4": (4, []), "2 shards": (2, ["--shard=full"])}
+
+
 @pytest.fixture(scope="module")
 def runs(data_sets, tmp_path_factory):
-    """Every recipe by 1, 2 and 4 processes, in folders of these names."""
+    """Every recipe in each of these ways, in folders of their names."""
     folder = tmp_path_factory.mktemp("runs")
-    for n in (1, 2, 4):
-        (folder / str(n)).mkdir()
-        os.chdir(folder / str(n))
-        commands = [[f"--data={data_sets}/{options[0]}", f"--name={name}", *options[1:]]
+    for way, (n, more) in WAYS.items():
+        (folder / way).mkdir()
+        os.chdir(folder / way)
+        commands = [[f"--data={data_sets}/{options[0]}", f"--name={name}", *options[1:], *more]
                     for name, options in RECIPES.items()]  # fmt: skip
         assert run(n, *commands) == [0] * n
     return folder
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("n", [2, 4])
-def test_several_processes_take_the_steps_of_one(runs, recipe, n):
+@pytest.mark.parametrize("way", [*WAYS][1:])
+def test_several_processes_take_the_steps_of_one(runs, recipe, way):
     for stage in train.STAGES:
-        one, many = (runs / str(k) / "out" / recipe / stage for k in (1, n))
+        one, many = (runs / k / "out" / recipe / stage for k in ("1", way))
         expected = tensors(one)
         worst = max(float((value - expected[name]).abs().max()) for name, value in tensors(many).items())
         assert worst < 1e-5, f"{stage}: {worst}"

@@ -64,11 +64,13 @@ def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, devi
 
 def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_size: int, device: torch.device,
            dtype: torch.dtype, packed: bool = False, ema: bool = False, reference: int = 0, buffer: int = 0,
-           window: int = 1) -> dict[str, int]:  # fmt: skip
+           window: int = 1, shards: int = 1) -> dict[str, int]:  # fmt: skip
     """Bytes that a training step needs at the moment when it needs most, by what needs them.
 
     model may be on the meta device; rows of the batch_size canvases go through it at once. reference: bytes
     of the frozen one. buffer: batches of trajectories, 0 = none; window: their steps in a training step.
+    batch_size: canvases of one process. shards: processes that share the weights and all that belongs to
+    them; each gathers two layers, and what is in no layer, in dtype, and adds up gradients in float32.
 
     Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. To what is there all the
     time the larger of two peaks is added. At the start of the backward pass all layers keep their
@@ -85,21 +87,24 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     chunk = max(1, CHUNK // c.vocab_size)  # rows of logits; a window keeps its logits if they are one chunk
     logits = window * rows * length if rows * length <= chunk else chunk
     state = Trajectories(c, batch_size * buffer, length, "meta", packed).state if buffer else {}
+    layer = sum(p.numel() for p in model.layers[-1].parameters())
+    rest, own = parameters - c.n_layer * layer, -(-parameters // shards)
     always = {
-        "weights": 4 * parameters,
-        "AdamW": 8 * parameters,
-        "average": 4 * parameters * ema,
-        "reference": reference,
+        "weights": 4 * own,
+        "AdamW": 8 * own,
+        "average": 4 * own * ema,
+        "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest)) * (shards > 1),
+        "reference": -(-reference // shards),
         "trajectories": sum(v.nbytes for v in state.values()),
         "attention mask": masked * rows * tokens**2,
     }
     start = {
         "activations": window * c.n_layer * (x if remat else x + kept),
-        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32),
+        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32 and shards == 1),
         "logits": 12 * logits * c.vocab_size + 4 * c.vocab_size * c.d_model,
-        "gradients": 4 * parameters * (rows < batch_size),
+        "gradients": 4 * own * (rows < batch_size),
     }
-    end = {"gradients": 4 * parameters, "activations": x + kept}
+    end = {"gradients": 4 * own, "activations": x + kept}
     return always | max(start, end, key=lambda peak: sum(peak.values()))
 
 

@@ -1,8 +1,9 @@
 """Several processes train one model: `torchrun --nproc_per_node=N train.py ...`, one process for each GPU.
 
 A batch is the same for every number of processes. Each of them draws all of it, with its noise, from the
-seeds of the step, and keeps its own rows: process 0 the first ones, and so on. DDP adds up the gradients. So
-N processes take the steps that one would take, but for the order in which float32 numbers are added.
+seeds of the step, and keeps its own rows: process 0 the first ones, and so on. DDP adds up the gradients, or
+FSDP2 if the model does not fit into one process. So N processes take the steps that one would take, but for
+the order in which float32 numbers are added.
 
 Everything here also holds for one process without torchrun: it has all the rows and waits for nobody.
 """
@@ -10,16 +11,21 @@ Everything here also holds for one process without torchrun: it has all the rows
 import contextlib
 import datetime
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from rcd import Config, Residual, Transformer
+from rcd import Config, Context, Noised, Residual, Transformer
 from zoo.recipes import Fresh, Trajectories
 
 PATIENCE = datetime.timedelta(hours=2)  # the others wait while process 0 writes a large model
@@ -181,40 +187,170 @@ class SharedTrajectories(Trajectories):
         return total(super().size())
 
 
-# ---- Gradients
+# ---- Weights and gradients
 
 
 class Loss(nn.Module):
-    """A loss as the forward of a module, so that DDP sees every use of the weights."""
+    """A loss as the forward of a module, so that DDP and FSDP2 see every use of the weights."""
 
     def __init__(self, model: Transformer):
         super().__init__()
         self.model = model
 
-    def forward(self, loss: Callable[[], Tensor]) -> Tensor:
-        return loss()
+    def forward(self, part: Callable[[], Any]) -> Any:
+        return part()
 
 
-def parallel(model: Transformer) -> Callable[[Callable[[], Tensor], bool], Tensor]:
-    """f(loss, last) -> loss(), whose backward sums the gradients over all processes. last: of its batch;
-    before it nothing is exchanged."""
-    if processes() == 1:
-        return lambda loss, last: loss()
-    if model.embedding.device.type == "mps":
-        raise ValueError("several processes need CUDA, or --device=cpu")
-    experts = any(hasattr(layer.mlp, "experts") for layer in model.layers)  # not all of them meet a token
-    module = DistributedDataParallel(Loss(model), gradient_as_bucket_view=True,
-                                     find_unused_parameters=experts)  # fmt: skip
+class Parallel:
+    """A model that all processes train: each holds all of it (DDP), or its rows of every matrix (FSDP2).
 
-    module.register_comm_hook(None, summed)
+    sharded: the rows of a process, in float32, come with their gradients and AdamW's moments. A layer is
+    gathered, in dtype, while it is read. reference: a frozen model, sharded too. Both are on the meta device
+    then, see fill().
+    """
 
-    def forward(loss: Callable[[], Tensor], last: bool) -> Tensor:
-        with contextlib.nullcontext() if last else module.no_sync():
-            return module(loss)
+    def __init__(self, model: Transformer, reference: Transformer | None, device: torch.device,
+                 dtype: torch.dtype, sharded: bool):  # fmt: skip
+        self.module, self.sharded = Loss(model), sharded
+        experts = any(hasattr(layer.mlp, "experts") for layer in model.layers)  # not all of them meet a token
+        if processes() > 1 and device.type == "mps":
+            raise ValueError("several processes need CUDA, or --device=cpu")
+        if sharded and experts:
+            raise ValueError("--shard=full cannot train experts: choose --shard=none")
+        if sharded:
+            shard(model, self.module, device, dtype)
+            if reference is not None:
+                shard(reference, reference, device, None)
+        elif processes() > 1:
+            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True,
+                                                  find_unused_parameters=experts)  # fmt: skip
 
-    return forward
+    def loss(self, part: Callable[[], Tensor], last: bool) -> Tensor:
+        """part(): this process's part of a loss. Its backward adds up the gradients of all processes.
+
+        last: of its batch. Before it DDP exchanges nothing.
+        """
+        if processes() == 1:
+            return part()
+        with contextlib.nullcontext() if last or self.sharded else self.module.no_sync():
+            loss = self.module(part)
+        loss.register_hook(lambda gradient: gradient * processes())  # both take the mean over processes
+        return loss
+
+    def read(self, part: Callable[[], Any]) -> Any:
+        """part(), which reads the weights and takes no gradient; in all processes at once."""
+        if not self.sharded:
+            return part()
+        with torch.no_grad():
+            found = self.module(part)
+        self.module.reshard()
+        return found
 
 
-def summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's exchange of some gradients: their sum, not their mean. Each loss is its part of the whole one."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+def shard(model: Transformer, root: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Layer by layer; what is in no layer belongs to the root. dtype: of gathered weights, None = as is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Inputs keep their dtype: among them are the angles of RoPE. Gradients are added up in float32.
+    reduce = None if dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (processes(),))
+    for part in (*model.layers, root):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def gathered(context: Context, reference: Transformer) -> Context:
+    """A context that reads a sharded reference: gather what belongs to no layer, and let go of it again."""
+
+    def read(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        reference.unshard()
+        found = context(model, n)
+        reference.reshard()
+        return found
+
+    return read
+
+
+def own_rows(p: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's rows of a parameter, as memory to write to; and those rows of its whole value."""
+    if not hasattr(p, "to_local"):
+        return p, whole
+    local, each = p.to_local(), -(-len(p) // processes())
+    return local, whole[rank() * each :][: len(local)]
+
+
+def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Give a sharded model on the meta device its weights: of every tensor the rows that belong here."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, whole in tensors:
+            local, mine = own_rows(model.get_parameter(name), whole)
+            local.copy_(mine)
+
+
+def whole(model: Transformer) -> Transformer:
+    """A sharded model as one on the host of process 0, on the meta device in the others."""
+    with torch.device("meta"):
+        joined = Transformer(model.config)
+    for name, p in model.named_parameters():
+        value = p.detach().full_tensor()
+        if rank() == 0:
+            joined.load_state_dict({name: value.cpu()}, strict=False, assign=True)
+    return joined
+
+
+def clip(model: Transformer, most: float) -> Tensor:
+    """Scale the gradient down to this norm, over all processes and parameters; returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+# ---- A state in shards: a folder of safetensors, one file of each process, and what process 0 adds
+
+
+def save_shards(path: Path, before: Path, shards: dict[str, Tensor], more: dict[str, Tensor],
+                facts: dict[str, str]) -> None:  # fmt: skip
+    """Every process writes its rows. The folder gets its name when all of it is written; the one that had
+    the name is called `before` then."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    new = path.with_name(path.name + ".new")
+
+    def begin() -> None:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+
+    def end() -> None:
+        save_file(more, new / "more.safetensors", metadata=facts | {"files": str(processes() + 1)})
+        for file in new.iterdir():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(path, before)
+        os.replace(new, path)
+
+    once(begin)
+    save(shards, storage_writer=HuggingFaceStorageWriter(str(new), save_distributed=True))
+    once(end)
+
+
+def facts_of_shards(path: Path) -> dict[str, str]:
+    """What save_shards() was told. Raises OSError or SafetensorError if a file is missing or was cut off."""
+    with safe_open(path / "more.safetensors", "pt") as f:
+        facts = f.metadata()
+    files = [*path.glob("*.safetensors")]
+    for file in files:
+        with safe_open(file, "pt"):
+            pass
+    if len(files) != int(facts["files"]):
+        raise OSError(f"{len(files)} of {facts['files']} files are there")
+    return facts
+
+
+def load_shards(path: Path, into: dict[str, Tensor]) -> None:
+    """Fill these tensors, sharded over any number of processes or whole."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    load(into, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=processes() == 1)

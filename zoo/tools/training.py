@@ -10,10 +10,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,17 +31,19 @@ import zoo
 from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
 from zoo import tokenizer
 from zoo.decoding import RENAMED, Decoding
-from zoo.files import load, save, write_atomic
+from zoo.checkpoint import DTYPES, entries, match, plan_for, read
+from zoo.files import config_from, load, save, write_atomic
 from zoo.recipes import document_positions, init_weights, noise_levels
 from zoo.tools import distributed
-from zoo.tools.budget import available, memory, report_memory, shape_of
+from zoo.tools.budget import available, memory, report_memory, shape_of, size
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
 
 # ---- Options
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
-FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items"}
+FREE = {"resume", "overwrite", "name", "stage", "device", "preset", "eval_every", "eval_items", "test_items",
+        "shard"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
@@ -113,6 +116,8 @@ def check_options(o, block_size: int) -> None:
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
+        (o.shard == "full" and distributed.processes() == 1,
+         "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
         (o.init_from and o.stage == "base",
          "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
     ):  # fmt: skip
@@ -237,19 +242,33 @@ def reference_of(recipe: str, r: Run) -> str | Path:
     return r.o.reference or r.root / "reference"
 
 
-def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> None:
-    """Say how much memory a stage will need, before anything is loaded. reference: its name, "" = none."""
-    o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
+def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool:
+    """Say how much memory a stage will need, before anything is loaded. reference: its name; "" = none.
+
+    Returns whether the model is to be sharded: --shard, or where that is auto, if it does not fit otherwise.
+    """
+    o, own, tokens, n = r.o, recipe == "trajectory", r.dataset.tokenizer, distributed.processes()
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
         model = Transformer(r.config) if stage == "base" else shape_of(start, tokens)[0]
+    rows, have = -(-o.batch_size // n), available(r.device)
+    if r.device.type == "cpu":  # the processes of a machine share it
+        have //= max(1, distributed.environment("LOCAL_WORLD_SIZE"))
     need = functools.partial(
-        memory, model, length=r.length, batch_size=o.batch_size, device=r.device, dtype=r.dtype,
+        memory, model, length=r.length, batch_size=rows, device=r.device, dtype=r.dtype,
         packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
         reference=shape_of(reference, tokens)[1] if reference else 0,
         buffer=o.buffer if own else 0, window=o.window if own else 1,
     )  # fmt: skip
-    report_memory(need, available(r.device), o.batch_size, o.accumulate, o.remat)
+    whole = sum(need(-(-rows // o.accumulate), o.remat).values())
+    too_large = n > 1 and distributed.anyone(0 < have < whole)
+    sharded = o.shard == "full" or (o.shard == "auto" and too_large)
+    if n > 1:
+        why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
+        print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
+    need = functools.partial(need, shards=n if sharded else 1)
+    report_memory(need, have, rows, o.accumulate, o.remat)
+    return sharded
 
 
 def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
@@ -259,12 +278,74 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
     if not o.init_from:
         return load(r.root / "base", r.device, torch.float32), None
-    loaded = zoo.load(o.init_from, r.device, torch.float32)
+    return of_origin(zoo.load(o.init_from, r.device, torch.float32), r)
+
+
+def of_origin(loaded: zoo.Loaded, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
+    """As start_of(), of a model that was loaded."""
     most = loaded.model.config.max_len
     if r.length > most:
-        raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {o.init_from}")
+        raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {r.o.init_from}")
     own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
     return loaded.model, None if own else loaded
+
+
+Weights = Iterator[tuple[str, Tensor]]  # parameter by parameter
+
+
+def sharded_start(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None, Weights]:
+    """As start_of(), but on the meta device, and the weights that it will get."""
+    if stage == "base":
+        whole = init_weights(Transformer(r.config), torch.Generator().manual_seed(r.o.seed))
+        with torch.device("meta"):
+            return Transformer(r.config), None, iter(whole.state_dict().items())
+    loaded, weights = opened(r.o.init_from or r.root / "base", torch.float32)
+    return *of_origin(loaded, r), weights
+
+
+def opened(name: str | Path, dtype: torch.dtype | None = None) -> tuple[zoo.Loaded, Weights]:
+    """A model on the meta device, and its weights: of the files only what is copied will be read.
+
+    dtype None is that of its embedding. Errors as in zoo.load.
+    """
+    folder = zoo.find(name)
+    values, tokens, found = zoo.read_json(folder / "config.json"), tokenizer.load(folder), entries(folder)
+    if values.pop("model_type", "") == "rcd":
+        with torch.device("meta"):
+            model = Transformer(config_from(values))
+        layout, template, defaults = {n: [n] for n in model.state_dict()}, None, {}
+        if {n: e.shape for n, e in found.items()} != {n: (*p.shape,) for n, p in model.state_dict().items()}:
+            raise ValueError(f"{folder}: the tensors do not fit the config")
+        table = "embed_tokens.weight"
+    else:
+        plan = plan_for(folder, tokens)
+        (model, layout), template, defaults = match(plan, found, str(folder)), plan.template, plan.defaults
+        table = plan.original("embed_tokens.weight")
+    rows = {n: len(p) for n, p in model.state_dict().items()}
+
+    def weights() -> Weights:
+        for name, tensor in read(found, list(layout)):
+            yield from zip(layout[name], tensor.split([rows[n] for n in layout[name]]))
+
+    model.to(dtype or DTYPES[found[table].dtype])
+    return zoo.Loaded(model, tokens, folder, template, defaults, {}), weights()
+
+
+def open_models(stage: str, r: Run, named: str | Path, sharded: bool):
+    """The model to train; its origin, see start_of(); the frozen reference `named`, in the dtype it is stored
+    in, "" = none; and what trains the model in several processes."""
+    if not sharded:
+        model, origin = start_of(stage, r)
+        reference = zoo.load(named, r.device).model.requires_grad_(False) if named else None
+        return model, origin, reference, distributed.Parallel(model, None, r.device, r.dtype, False)
+    model, origin, weights = sharded_start(stage, r)
+    loaded, others = opened(named) if named else (None, ())
+    reference = loaded and loaded.model.requires_grad_(False)
+    parallel = distributed.Parallel(model, reference, r.device, r.dtype, True)
+    distributed.fill(model, weights, r.device)
+    if reference:
+        distributed.fill(reference, others, r.device)
+    return model, origin, reference, parallel
 
 
 # ---- Batches
@@ -372,12 +453,16 @@ def open_folder(folder: Path, tokens) -> None:
     tokens.save(folder)
 
 
-STATE, BEFORE = "state.safetensors", "state.before.safetensors"  # of the last save, and of the one before
+# The last state of a stage, and the one before it: a file, or a folder if the model is sharded.
+STATE, BEFORE, SHARDS, SHARDS_BEFORE = (
+    "state.safetensors", "state.before.safetensors", "state.shards", "state.before.shards",
+)  # fmt: skip
 
 
 def states(folder: Path) -> list[Path]:
-    """The files that a stage can be resumed from, the newest first."""
-    return [folder / name for name in (STATE, BEFORE) if (folder / name).is_file()]
+    """What a stage can be resumed from, the newest first."""
+    found = [folder / n for n in (STATE, SHARDS, BEFORE, SHARDS_BEFORE) if (folder / n).exists()]
+    return sorted(found, key=lambda path: ("before" in path.name, -path.stat().st_mtime))
 
 
 class State:
@@ -412,19 +497,28 @@ class State:
             for name, average in self.ema.items():
                 self.model.get_parameter(name).copy_(average)
 
-    def save(self, folder: Path, options: dict[str, str]) -> None:
-        """Process 0 writes the file. The one before it stays, under another name, until the next save."""
-        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.model.named_parameters()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, moments and average by name; in shards if the model is."""
+        found = {f"weight.{n}": p.detach() for n, p in self.model.named_parameters()}
         for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{key}.{self.names[index]}": value.contiguous() for key, value in values.items()}
-        tensors |= {f"ema.{n}": p for n, p in self.ema.items()}
+            found |= {f"{key}.{self.names[index]}": value for key, value in values.items()}
+        return found | {f"ema.{n}": p for n, p in self.ema.items()}
+
+    def save(self, folder: Path, options: dict[str, str]) -> None:
+        """Process 0 writes the file. The state before it stays, under another name, until the next save."""
+        tensors, under_way = self.tensors(), {}
         for i, group in enumerate(self.trajectories):
             whole = {n: distributed.gather(v, group.rows) for n, v in group.state.items()}
-            tensors |= {f"trajectory{i}.{n}": v.contiguous() for n, v in whole.items() if v is not None}
+            under_way |= {f"trajectory{i}.{n}": v.contiguous() for n, v in whole.items() if v is not None}
         meta = {"step": str(self.step), **options}
+        if hasattr(self.model.embedding, "to_local"):
+            shards = {n: x for n, x in tensors.items() if not n.startswith("step.")}  # that is self.step
+            distributed.save_shards(folder / SHARDS, folder / SHARDS_BEFORE, shards, under_way, meta)
+            return
 
         def write(path: Path) -> None:
-            save_file(tensors, path, metadata=meta)
+            tensors_here = {n: x.contiguous() for n, x in tensors.items()}
+            save_file(tensors_here | under_way, path, metadata=meta)
             if (folder / STATE).exists():
                 os.replace(folder / STATE, folder / BEFORE)
 
@@ -437,34 +531,42 @@ class State:
         """
         for path in states(folder):
             try:
-                with safe_open(path, "pt") as f:
-                    saved = {RENAMED.get(k, k): v for k, v in f.metadata().items()}
-                tensors = load_file(path)
+                if path.is_dir():
+                    saved, under_way = distributed.facts_of_shards(path), load_file(path / "more.safetensors")
+                else:
+                    with safe_open(path, "pt") as f:
+                        saved = f.metadata()
+                    under_way = load_file(path)
                 break
             except (SafetensorError, OSError) as error:
                 print(f"{path} is damaged: {error}", file=sys.stderr)
         else:
             raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
-        if path.name == BEFORE:
+        if "before" in path.name:
             print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
+        saved = {RENAMED.get(k, k): v for k, v in saved.items()}
         changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
         if changed:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
-        self.step, kinds, moments = int(saved["step"]), ("step", "exp_avg", "exp_avg_sq"), {}
-        if self.step:
-            moments = {i: {k: tensors[f"{k}.{n}"] for k in kinds} for i, n in enumerate(self.names)}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(tensors[f"weight.{name}"])
-            for name, average in self.ema.items():
-                average.copy_(tensors[f"ema.{name}"])
+        self.step, moments = int(saved["step"]), {}
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            moments[i] = {"step": torch.tensor(float(self.step))}
+            moments[i] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments if self.step else {}})
+        into = {n: x for n, x in self.tensors().items() if not n.startswith("step.")}
+        if path.is_dir():
+            distributed.load_shards(path, into)
+        else:
+            for name, x in into.items():
+                local, mine = distributed.own_rows(x, under_way[name])
+                local.copy_(mine)
         for i, group in enumerate(self.trajectories):
-            if f"trajectory{i}.segments" in tensors:  # of an earlier version
-                tensors[f"trajectory{i}.positions"] = document_positions(tensors[f"trajectory{i}.segments"])
-            whole = {n: tensors[f"trajectory{i}.{n}"] for n in group.state}
-            group.state = {n: whole[n][group.mine].to(v.device) for n, v in group.state.items()}
+            if f"trajectory{i}.segments" in under_way:  # of an earlier version
+                segments = under_way[f"trajectory{i}.segments"]
+                under_way[f"trajectory{i}.positions"] = document_positions(segments)
+            rows = {n: under_way[f"trajectory{i}.{n}"][group.mine] for n in group.state}
+            group.state = {n: rows[n].to(v.device) for n, v in group.state.items()}
 
 
 class Log:
@@ -476,7 +578,7 @@ class Log:
         self.flops_per_token, self.peak, self.begin = flops_per_token, peak, time.perf_counter()
         self.total, self.count, self.shown = 0.0, 0, {}  # of the losses since the last entry; see write()
         lines = path.read_text().splitlines(True) if step and path.is_file() else []
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
         write_atomic(path, lambda temporary: temporary.write_text(kept))
 
     def add(self, loss: Tensor) -> None:
@@ -568,11 +670,12 @@ def validate(model: Transformer, draw: Draw, context: Context | None, device: to
     """The 1/t-weighted bound in nats per response token, always on the same canvases, noise levels and masks.
 
     1,024 canvases, fewer if they are long. A forward takes `rows` of them, or 16,384 tokens if that is more.
-    Of several processes each takes some of the four draws.
+    Several processes share the four draws.
     """
     total, repeats, drawn = 0.0, 4, max(4, min(256, (1 << 16) // length))
+    shares = math.gcd(repeats, distributed.processes())  # as many forwards in every process
     with torch.no_grad(), autocast(device, dtype):
-        for i in range(distributed.rank(), repeats, distributed.processes()):
+        for i in range(distributed.rank() % shares, repeats, shares):
             generator, noise = torch.Generator().manual_seed(i), torch.Generator(device).manual_seed(i)
             tokens, response, positions = draw(drawn, generator)
             t = draw_t(tokens, positions, "document", 0, generator)
@@ -582,7 +685,8 @@ def validate(model: Transformer, draw: Draw, context: Context | None, device: to
                 t_k = t[k].to(device)
                 loss = diffusion_loss(model, *some, context=context, t=t_k, generator=noise).item()
                 total += loss * (count[k].sum() / count.sum()).item()
-    return float(distributed.total(torch.tensor(total, dtype=torch.float64))) / repeats
+    total = distributed.total(torch.tensor(total, dtype=torch.float64))
+    return float(total) / repeats / (distributed.processes() // shares)
 
 
 def has_answers(dataset, split: str) -> bool:
@@ -629,15 +733,18 @@ def save_stage(model: Transformer, origin: zoo.Loaded | None, folder: Path, meta
         defaults = origin.defaults | {"carry": "residual" if meta["stage"] == "target" else "none"}
         zoo.save(origin._replace(model=model, defaults=defaults, meta=meta), folder)
     for path in states(folder):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def final_table(r: Run) -> None:
     """Print and save SeqD beside RCD, over budgets and thresholds, on the first test canvases."""
     o, root, dataset, device = r.o, r.root, r.dataset, r.device
     stage_1 = str(root / "reference") if (root / "reference" / "train.json").is_file() else ""
-    target = zoo.load(root / "target", device).model
     names = (stage_1 or o.reference, o.reference or stage_1)
+    stored = sum(shape_of(name, dataset.tokenizer)[1] for name in (root / "target", *names) if name)
+    if distributed.anyone(0 < available(device) < stored):
+        return print(f"no table: a process would have to hold {size(stored)} of models")
+    target = zoo.load(root / "target", device).model
     seqd, reference = (zoo.load(name, device).model if name else None for name in names)
     seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
     warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
