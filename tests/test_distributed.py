@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +21,12 @@ import torch
 from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_conversion import write_folder
 from test_train import TINY, stopped, write_packed
 
 import data
 import train
+import zoo
 from data.sudoku import prepare
 from rcd import Residual, Sampler
 from zoo.tokenizer import bytes_tokenizer
@@ -32,7 +35,7 @@ from zoo.tools.evaluate import Setting, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--base_steps=2", "--steps=4", "--eval_every=4", "--batch_size=8", "--eval_items=0",
-         "--test_items=0"]  # fmt: skip
+         "--test_items=0", "--lr=5e-4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,78 @@ def test_evaluation_is_shared_and_complete(data_sets, tmp_path, monkeypatch):
     one = Path("1.0").read_text()
     assert one == Path("2.0").read_text() == Path("2.1").read_text()
     assert {*sum((row["correct"] for row in json.loads(one)), [])} == {True, False}
+
+
+# ---- A model in shards
+
+
+def stops_at(step: int, *options: str) -> Callable[[], None]:
+    """A job: train.py, to which SIGTERM comes in this step."""
+
+    def work() -> None:
+        inner = train.learning_rate
+
+        def rate(o, at, steps):
+            if at == step:
+                signal.raise_signal(signal.SIGTERM)
+            return inner(o, at, steps)
+
+        train.learning_rate, sys.argv = rate, ["train.py", *TINY, *SHORT, *options]
+        train.main()
+
+    return work
+
+
+def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data={data_sets}/sudoku", "--recipe=trajectory", "--buffer=2", "--ema=0.5", "--steps=5"]
+    assert run(1, [*options, "--name=whole"]) == [0]
+    options += ["--stage=target", "--init_from=out/whole/base"]
+    assert run(1, [*options, "--name=one"]) == [0]
+    assert run(2, stops_at(2, *options, "--name=2", "--shard=full")) == [130, 130]
+    for name in ("1", "3", "cut"):
+        shutil.copytree("out/2", f"out/{name}")
+    state = Path("out/2/target") / training.SHARDS
+    assert [*training.states(Path("out/2/target"))] == [state] and len([*state.glob("*.safetensors")]) == 3
+    assert run(1, [*options, "--name=1", "--resume"]) == [0]
+    assert run(3, [*options, "--name=3", "--resume", "--shard=full"]) == [0] * 3
+    for name in ("1", "3"):
+        many = tensors(Path(f"out/{name}/target"))
+        for key, value in tensors(Path("out/one/target")).items():
+            torch.testing.assert_close(many[key], value, atol=1e-5, rtol=0)
+        assert not training.states(Path(f"out/{name}/target"))
+    shard = next((Path("out/cut/target") / training.SHARDS).glob("shard*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run(1, [*options, "--name=cut", "--resume"]) == [2]
+
+
+def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tmp_path, monkeypatch):
+    """Target and reference are read shard by shard, the reference in the bfloat16 that it is stored in."""
+    monkeypatch.chdir(tmp_path)
+    for name, dtype in (("model", torch.float32), ("small", torch.bfloat16)):
+        model = tiny_model(vocab_size=258, mask_id=257, tied=False, n_layer=1 + (name == "model")).to(dtype)
+        folder = write_folder(tmp_path / name, model, model_type="sdar", mask_token_id=257, eos_token_id=256)
+        bytes_tokenizer(["<eos>", "<mask>"]).save(folder)
+    options = [f"--data={data_sets}/packed", "--init_from=model", "--reference=small", "--stage=target"]
+    assert run(1, [*options, "--name=one"]) == [0]
+
+    def work() -> None:
+        """Where it does not fit, it is sharded: auto."""
+        training.available = lambda device: 1 << 20
+        sys.argv = ["train.py", *TINY, *SHORT, *options, "--name=two"]
+        if distributed.rank() == 0:
+            sys.stdout = open("told", "w", buffering=1)
+        train.main()
+
+    assert run(2, work) == [0, 0]
+    why = r"^2 processes, shard full \(a process would need .* of 0.5 MiB\)$"
+    assert re.search(why, Path("told").read_text(), re.M)
+    one, two = (tensors(Path(f"out/{name}/target")) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0)
+    names = [{path.name for path in Path(f"out/{name}/target").iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1] and zoo.load("out/two/target").meta["recipe"] == "paper"
 
 
 # ---- Nothing is lost
