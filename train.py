@@ -36,7 +36,7 @@ from torch import Generator, Tensor
 
 import data
 from rcd import Sampler, diffusion_loss, earlier_context, maskable, reference_context
-from zoo import speed
+from zoo import lora, speed
 from zoo.decoding import Carry
 from zoo.progress import progress
 from zoo.recipes import sometimes_absent
@@ -79,6 +79,7 @@ class Train:
     shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
     # auto (full if it does not fit)
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
+    lora: int = 0  # train matrices of this rank beside frozen ones, and merge them at the end; 0 = train all
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
@@ -244,7 +245,7 @@ def train_stage(stage: str, r: Run) -> None:
     state.finish()
     tokens = state.step * tokens_per_step
     meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
-    result = distributed.whole(model) if sharded else model
+    result = distributed.whole(model) if sharded else lora.merge(model)
     once(lambda: training.save_stage(result, origin, folder, meta))
     print(f"{stage}: {state.step} steps, {tokens:,} tokens -> {folder}")
 

@@ -64,7 +64,7 @@ def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, devi
 
 def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_size: int, device: torch.device,
            dtype: torch.dtype, packed: bool = False, ema: bool = False, reference: int = 0, buffer: int = 0,
-           window: int = 1, shards: int = 1) -> dict[str, int]:  # fmt: skip
+           window: int = 1, shards: int = 1, adapters: int = 0) -> dict[str, int]:  # fmt: skip
     """Bytes that a training step needs at the moment when it needs most, by what needs them.
 
     model may be on the meta device; rows of the batch_size canvases go through it at once. reference: bytes
@@ -72,7 +72,8 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     batch_size: canvases of one process. shards: processes that share the weights and all that belongs to
     them; each gathers two layers, and what is in no layer, in dtype, and adds up gradients in float32.
 
-    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. To what is there all the
+    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. With adapters (LoRA, so many
+    numbers) only theirs are, and the weights stay in dtype. To what is there all the
     time the larger of two peaks is added. At the start of the backward pass all layers keep their
     activations, autocast keeps its copies of the matrices, and the logits of one chunk exist three times:
     they, their softmax, its gradient. The gradient of the head's table is there too, and under --accumulate
@@ -88,9 +89,10 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     logits = window * rows * length if rows * length <= chunk else chunk
     state = Trajectories(c, batch_size * buffer, length, "meta", packed).state if buffer else {}
     layer = sum(p.numel() for p in model.layers[-1].parameters())
-    rest, own = parameters - c.n_layer * layer, -(-parameters // shards)
+    rest, own = parameters - c.n_layer * layer, adapters or -(-parameters // shards)
+    copied = dtype != torch.float32 and shards == 1 and not adapters
     always = {
-        "weights": 4 * own,
+        "weights": 4 * own + dtype.itemsize * parameters * (adapters > 0),
         "AdamW": 8 * own,
         "average": 4 * own * ema,
         "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest)) * (shards > 1),
@@ -100,8 +102,8 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     }
     start = {
         "activations": window * c.n_layer * (x if remat else x + kept),
-        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32 and shards == 1),
-        "logits": 12 * logits * c.vocab_size + 4 * c.vocab_size * c.d_model,
+        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * copied,
+        "logits": 12 * logits * c.vocab_size + 4 * c.vocab_size * c.d_model * (not adapters),
         "gradients": 4 * own * (rows < batch_size),
     }
     end = {"gradients": 4 * own, "activations": x + kept}

@@ -140,7 +140,9 @@ def own(tokens: Tensor, response: Tensor, positions: Tensor | None, t: Tensor, n
     but the others wait for their gradient."""
     mine, shapes = share(len(tokens)), (tokens.shape, (len(tokens), 2))
     draws = tuple(torch.rand(s, generator=noise, device=tokens.device)[mine] for s in shapes)
-    learned = response[mine] if processes() == 1 or response[mine].any() else torch.ones_like(response[mine])
+    learned = response[mine]
+    if response.any() and not learned.any():
+        learned = torch.ones_like(learned)
     rows = tokens[mine], learned, None if positions is None else positions[mine]
     return rows, {"t": t[mine], "draws": draws}
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import zoo
 from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
-from zoo import tokenizer
+from zoo import lora, tokenizer
 from zoo.decoding import RENAMED, Decoding
 from zoo.checkpoint import DTYPES, entries, match, plan_for, read
 from zoo.files import config_from, load, save, write_atomic
@@ -118,6 +118,7 @@ def check_options(o, block_size: int) -> None:
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
         (o.shard == "full" and distributed.processes() == 1,
          "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
+        (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
         (o.init_from and o.stage == "base",
          "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
     ):  # fmt: skip
@@ -171,8 +172,8 @@ def claimed(root: Path):
             holder = files[0].read().strip() or "another process"
             raise ValueError(f"{root} is in use by {holder}; wait for it, or choose --name=NAME") from None
         except OSError as error:
-            alone = "see to it that no second run writes there"
-            print(f"WARNING: {root} cannot be locked ({error.strerror}): {alone}", file=sys.stderr)
+            warning = f"{root} cannot be locked ({error.strerror}): let no second run write there"
+            print(f"WARNING: {warning}", file=sys.stderr)
         files[0].truncate(0)
         files[0].write(f"process {os.getpid()} on {platform.node()}: {command()}\n")
         files[0].flush()
@@ -183,9 +184,8 @@ def claimed(root: Path):
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in REFUSED:
             raise
-        why = getattr(error, "strerror", None) or str(error)
         kept = "what was saved before is still there; mend that, then go on with"
-        raise OSError(f"cannot write to {root}: {why}; {kept}: {command(resume=True)}") from None
+        raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
     finally:
         for file in files:
             file.close()
@@ -259,10 +259,11 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
         packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
         reference=shape_of(reference, tokens)[1] if reference else 0,
         buffer=o.buffer if own else 0, window=o.window if own else 1,
+        adapters=lora.parameters(model, o.lora) if stage != "base" else 0,
     )  # fmt: skip
     whole = sum(need(-(-rows // o.accumulate), o.remat).values())
     too_large = n > 1 and distributed.anyone(0 < have < whole)
-    sharded = o.shard == "full" or (o.shard == "auto" and too_large)
+    sharded = o.shard == "full" or (o.shard == "auto" and too_large and not o.lora)
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
         print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
@@ -278,7 +279,8 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
     if not o.init_from:
         return load(r.root / "base", r.device, torch.float32), None
-    return of_origin(zoo.load(o.init_from, r.device, torch.float32), r)
+    stored = None if o.lora else torch.float32  # what is frozen needs no float32
+    return of_origin(zoo.load(o.init_from, r.device, stored), r)
 
 
 def of_origin(loaded: zoo.Loaded, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
@@ -336,6 +338,8 @@ def open_models(stage: str, r: Run, named: str | Path, sharded: bool):
     in, "" = none; and what trains the model in several processes."""
     if not sharded:
         model, origin = start_of(stage, r)
+        if r.o.lora and stage != "base":
+            lora.adapt(model, r.o.lora, r.o.seed)
         reference = zoo.load(named, r.device).model.requires_grad_(False) if named else None
         return model, origin, reference, distributed.Parallel(model, None, r.device, r.dtype, False)
     model, origin, weights = sharded_start(stage, r)
@@ -474,32 +478,32 @@ class State:
 
     def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories]):
         self.model, self.step, self.trajectories = model, 0, trajectories
-        by_dim = {n: p.dim() < 2 for n, p in model.named_parameters()}
-        self.names = sorted(by_dim, key=by_dim.get)  # matrices first, as AdamW counts
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names = sorted(self.trained, key=lambda n: self.trained[n].dim() < 2)  # as AdamW counts
         groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.trained.values() if p.dim() >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in self.trained.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = model.embedding.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
         self.decay = o.ema
-        self.ema = {n: p.detach().clone() for n, p in model.named_parameters()} if o.ema else {}
+        self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
 
     def average(self) -> None:
         """Move the average towards the weights of this step."""
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.lerp_(self.model.get_parameter(name), 1 - self.decay)
+                average.lerp_(self.trained[name], 1 - self.decay)
 
     def finish(self) -> None:
         """Give the model its moving average, if there is one."""
         with torch.no_grad():
             for name, average in self.ema.items():
-                self.model.get_parameter(name).copy_(average)
+                self.trained[name].copy_(average)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments and average by name; in shards if the model is."""
-        found = {f"weight.{n}": p.detach() for n, p in self.model.named_parameters()}
+        found = {f"weight.{n}": p.detach() for n, p in self.trained.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             found |= {f"{key}.{self.names[index]}": value for key, value in values.items()}
         return found | {f"ema.{n}": p for n, p in self.ema.items()}
