@@ -68,6 +68,7 @@ class Train:
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
+    plan: str = ""  # cards, as in H100:8: print what fits on them, and train nothing
     resume: bool = False  # go on where an interrupted run stopped
     overwrite: bool = False  # train again over an existing run
     seed: int = 1337  # same seed, same machine: same weights to the bit
@@ -263,7 +264,7 @@ def main() -> None:
     training.quick_attention(device, length)
     root = OUT / (o.name or dataset.name)
     stages = [s for s in STAGES if o.stage in (s, "all") and not (s == "base" and o.init_from)]
-    training.check_folder(root, stages, o)
+    training.check_folder(root, [] if o.plan else stages, o)
     print(reason)
     print(f"data {dataset.name}: {dataset.meta['splits']['train']:,} train, canvas {length}, "
           f"vocabulary {dataset.meta['vocab_size']}; preset {o.preset}")  # fmt: skip
@@ -275,6 +276,8 @@ def main() -> None:
 
     peak *= distributed.processes()
     r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
+    if o.plan:
+        return training.print_plan(r)
     with training.claimed(root):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():

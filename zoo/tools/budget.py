@@ -150,6 +150,37 @@ def report_memory(need: Callable[[int, bool], dict[str, int]], have: int, batch_
     print(f"WARNING: {too_much}; {advice}", file=sys.stderr)
 
 
+# GiB of memory, less a tenth for what is not counted: the context, buffers of exchanges, fragments.
+CARDS = {"RTX4090": 24, "RTX5090": 32, "L40S": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 180}
+
+
+def cards(text: str) -> tuple[int, int]:
+    """H100:8 -> how many cards, and the bytes of one that can be counted on; 24:1 names GiB. ValueError."""
+    name, _, count = text.partition(":")
+    gib = int(name) if name.isdecimal() else CARDS.get(name, 0)
+    if not gib or not (count or "1").isdecimal() or int(count or 1) < 1:
+        known = f"of {', '.join(CARDS)}; or GiB, as in 24:1"
+        raise ValueError(f"plan={text!r}: give a card and how many, as in H100:8, {known}")
+    return int(count or 1), int(0.9 * gib * 2**30)
+
+
+def plan(need: Callable[..., dict[str, int]], count: int, have: int, batch_size: int) -> list[str]:
+    """For every way to train: the fewest pieces of a batch with which it fits into `have` bytes.
+
+    need(rows, remat, shards, rank): see memory(). batch_size: canvases of one of the `count` processes.
+    """
+    lines, pieces = [], [k for k in range(1, batch_size + 1) if not batch_size % k]
+    for shards, rank in [(1, 0), *([(count, 0)] if count > 1 else []), (1, 16)]:
+        for remat in (False, True):
+            ways = [(k, sum(need(batch_size // k, remat, shards, rank).values())) for k in pieces]
+            k, total = next((way for way in ways if way[1] <= have), ways[-1])
+            options = [f"--shard={'full' if shards > 1 else 'none'}"] * (count > 1)
+            options += [f"--lora={rank}"] * (rank > 0) + ["--remat"] * remat + [f"--accumulate={k}"] * (k > 1)
+            verdict = "fits" if total <= have else "too much"
+            lines.append(f"  {verdict:8}  {size(total):>11}  {' '.join(options) or 'no option'}")
+    return lines
+
+
 def size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
 

@@ -35,7 +35,7 @@ from zoo.checkpoint import DTYPES, entries, match, plan_for, read
 from zoo.files import config_from, load, save, write_atomic
 from zoo.recipes import document_positions, init_weights, noise_levels
 from zoo.tools import distributed
-from zoo.tools.budget import available, memory, report_memory, shape_of, size
+from zoo.tools.budget import available, cards, memory, plan, report_memory, shape_of, size
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
 
@@ -242,34 +242,55 @@ def reference_of(recipe: str, r: Run) -> str | Path:
     return r.o.reference or r.root / "reference"
 
 
+def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int) -> Callable[..., dict]:
+    """The memory() of a stage in each of so many processes, as a function of rows, remat, shards and the rank
+    of LoRA. reference: its name; "" = none."""
+    o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
+    with torch.device("meta"):
+        start = o.init_from or r.root / "base"
+        ready = o.init_from or (r.root / "base" / "config.json").is_file()
+        model = shape_of(start, tokens)[0] if ready and stage != "base" else Transformer(r.config)
+    stored = shape_of(reference, tokens)[1] if reference else 0
+
+    def need(rows: int, remat: bool, shards: int = 1, rank: int = o.lora) -> dict[str, int]:
+        return memory(
+            model, rows, remat, length=r.length, batch_size=-(-o.batch_size // processes), device=r.device,
+            dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0, reference=stored,
+            buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
+            adapters=lora.parameters(model, rank) if stage != "base" else 0,
+        )  # fmt: skip
+
+    return need
+
+
 def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool:
     """Say how much memory a stage will need, before anything is loaded. reference: its name; "" = none.
 
     Returns whether the model is to be sharded: --shard, or where that is auto, if it does not fit otherwise.
     """
-    o, own, tokens, n = r.o, recipe == "trajectory", r.dataset.tokenizer, distributed.processes()
-    with torch.device("meta"):
-        start = o.init_from or r.root / "base"
-        model = Transformer(r.config) if stage == "base" else shape_of(start, tokens)[0]
+    o, n = r.o, distributed.processes()
     rows, have = -(-o.batch_size // n), available(r.device)
     if r.device.type == "cpu":  # the processes of a machine share it
         have //= max(1, distributed.environment("LOCAL_WORLD_SIZE"))
-    need = functools.partial(
-        memory, model, length=r.length, batch_size=rows, device=r.device, dtype=r.dtype,
-        packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
-        reference=shape_of(reference, tokens)[1] if reference else 0,
-        buffer=o.buffer if own else 0, window=o.window if own else 1,
-        adapters=lora.parameters(model, o.lora) if stage != "base" else 0,
-    )  # fmt: skip
+    need = needs(stage, recipe, r, reference, n)
     whole = sum(need(-(-rows // o.accumulate), o.remat).values())
     too_large = n > 1 and distributed.anyone(0 < have < whole)
     sharded = o.shard == "full" or (o.shard == "auto" and too_large and not o.lora)
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
         print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
-    need = functools.partial(need, shards=n if sharded else 1)
-    report_memory(need, have, rows, o.accumulate, o.remat)
+    report_memory(functools.partial(need, shards=n if sharded else 1), have, rows, o.accumulate, o.remat)
     return sharded
+
+
+def print_plan(r: Run) -> None:
+    """What the target would need on the cards that --plan names, and which options make it fit."""
+    o, (count, have) = r.o, cards(r.o.plan)
+    reference = (o.reference or o.init_from) if o.recipe == "paper" else ""
+    need = needs("target", o.recipe, r, reference, count)
+    print(f"{o.plan}, {size(have)} of each counted, {o.batch_size} canvases of {r.length} tokens; estimates:")
+    for line in plan(need, count, have, -(-o.batch_size // count)):
+        print(line)
 
 
 def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
