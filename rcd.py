@@ -340,21 +340,21 @@ def check_reference(model: Transformer, reference: Transformer) -> None:
 
 def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None,
                    positions: Tensor | None = None, *, context: Context | None = None,
-                   t: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+                   t: Tensor | None = None, generator: Generator | None = None, draws: tuple = ()) -> Tensor:
     """E_t (1/t) sum over masked of -log p(x_0 | x_t), in nats per response token: a bound on -log p(x_0).
 
-    tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), None
-    = drawn. context None: plain masked training (base, reference, SeqD). reference_context(): Algorithm 1.
-    Divided by the number of response tokens; by that of masks it would be no bound. Raises ValueError.
+    tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), and
+    draws, the noise and uniform of Noised: drawn if not given. context None: plain masked training (base,
+    reference, SeqD). Divided by the response tokens; by the masks it would be no bound. Raises ValueError.
     """
     response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
     response = maskable(model.config, response, positions)
     check(bool(response.any()), "nothing to learn: no token of this batch belongs to a response")
     t = sample_t(len(tokens), generator, tokens.device) if t is None else t
-    noise = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+    shapes = tokens.shape, (len(tokens), 2)
+    noise, uniform = draws or (torch.rand(s, generator=generator, device=tokens.device) for s in shapes)
     x, masked = mask_tokens(tokens, response, t, noise, model.config.mask_id)  # x_t
     cells, e = masked.nonzero(as_tuple=True), model.embed_tokens(x)  # N cells, (B, T, D)
-    uniform = torch.rand(len(tokens), 2, generator=generator, device=tokens.device)
     if context is not None:  # alpha and Delta of p, Eq. 3 and 1, then Eq. 2
         alpha, delta = context(model, Noised(tokens, response, positions, t, noise, x, cells, uniform))
         e = mix(e, cells, alpha, delta, model.embedding[model.config.mask_id])

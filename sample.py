@@ -52,7 +52,7 @@ from data.canvases import Puzzles, canvas_of, canvases, task_of
 from rcd import Step, Transformer, denoise
 from zoo.decoding import Carry, Decoding
 from zoo.files import write_atomic
-from zoo.tools import volume
+from zoo.tools import distributed, volume
 from zoo.tools.animation import animation
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate, load_reference, plot, recommended, sweep, table
@@ -260,4 +260,4 @@ def compiled(models: set[Transformer], sampler: Decoding, device: torch.device) 
 
 
 if __name__ == "__main__":
-    run(main)
+    run(distributed.together(main))

@@ -14,6 +14,7 @@ Examples:
   python train.py --recipe=paper --name=paper  stage 2 by Algorithm 1
   python train.py --resume                     go on after Ctrl-C
   python train.py --data=gsm8k --init_from=JetLM/SDAR-1.7B-Chat --recipe=paper --remat
+  torchrun --nproc_per_node=8 train.py ...     on eight GPUs: the same batches, the same weights
 """
 
 import os
@@ -23,6 +24,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,17 +35,17 @@ import torch
 from torch import Generator, Tensor
 
 import data
-import zoo
 from rcd import diffusion_loss, earlier_context, maskable, reference_context
-from zoo import rivals, speed
+from zoo import lora, rivals, speed
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
-from zoo.recipes import Trajectories, sometimes_absent
-from zoo.tools import training
+from zoo.recipes import sometimes_absent
+from zoo.tools import distributed, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
 from zoo.tools.command import arguments, autocast, pick_device, run
-from zoo.tools.training import (Log, Run, State, Stop, accuracy, batches, draw_t, generators, learning_rate,
-                                move, split_rows, validate)  # fmt: skip
+from zoo.tools.distributed import SharedTrajectories, once
+from zoo.tools.training import (RECIPES, Run, State, Stop, accuracy, batches, draw_t, generators, implied,
+                                learning_rate, move, split_rows, validate)  # fmt: skip
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")
@@ -68,6 +70,7 @@ class Train:
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model
     preset: str = ""  # cpu | gpu: sizes and lengths below where they are 0; default: by device
     options: str = ""  # take the options of this run, by its train.json (a stage's folder); typed ones win
+    plan: str = ""  # cards, as in H100:8: print what fits on them, and train nothing
     resume: bool = False  # go on where an interrupted run stopped
     overwrite: bool = False  # train again over an existing run
     force: bool = False  # go on even if the memory estimate is more than ten times what is free
@@ -77,7 +80,10 @@ class Train:
     # bfloat16 where the processor has it
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
+    shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
+    # auto (full if it does not fit)
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
+    lora: int = 0  # train matrices of this rank beside frozen ones, and merge them at the end; 0 = train all
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
@@ -113,35 +119,12 @@ PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
             "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }  # fmt: skip
 
-# Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
-# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
-# point of accuracy where passes are many.
-RECIPES = {
-    "trajectory": {"weight": "fixed", "fixed": 0.5},
-    "paper": {"weight": "entropy"},
-    "earlier": {"weight": "fixed", "fixed": 0.5},
-    **rivals.RECIPES,
-}
-
-
-def implied(typed: dict, dataset: data.Dataset) -> dict:
-    """Defaults that the typed options and the data set imply.
-
-    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
-    """
-    response = dataset.response("train")
-    short = response is not None and response[:1024].sum(1).mean() < 64
-    recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
-    absent, test_items = (rivals.ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
-    return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
-
-
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
     training.check_choices(o, {
         "preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES, "schedule": ("cosine", "constant"),
-        "t_per": ("document", "block"), "log": ("", *training.SINKS),
+        "t_per": ("document", "block"), "shard": ("auto", "none", "full"), "log": ("", *training.SINKS),
     })  # fmt: skip
     training.fill_zeros(PRESETS[o.preset], o, shape)
     training.check_options(o, shape.block_size)
@@ -156,9 +139,8 @@ def train_stage(stage: str, r: Run) -> None:
 
     # The model to train, and the frozen reference of Algorithm 1.
     named = training.reference_of(recipe, r) if stage != "base" else ""
-    training.report_stage(stage, recipe, r, named)  # does it fit into memory?
-    model, origin = training.start_of(stage, r)
-    reference = zoo.load(named, device).model.requires_grad_(False) if named else None  # in its stored dtype
+    sharded = training.report_stage(stage, recipe, r, named)  # does it fit into memory?
+    model, origin, reference, parallel = training.open_models(stage, r, named, sharded)
     size = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {size:,} parameters, {steps} steps of {o.batch_size} canvases")
     for network in filter(None, (model, reference)):
@@ -173,54 +155,64 @@ def train_stage(stage: str, r: Run) -> None:
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
     if recipe == "paper":  # Algorithm 1: from the reference, which reads the same x_t
         context = reference_context(reference, r.residual)
+        context = distributed.gathered(context, reference) if sharded else context
     elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
         context = earlier_context(r.residual)
     elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
         context = rivals.carries.context_of(recipe, r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
         packed = dataset.segments("train") is not None
-        trajectories = [Trajectories(model.config, n, length, device, packed, o.window)
+        trajectories = [SharedTrajectories(model.config, n, length, device, packed, o.window)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip
     if context and o.absent:
         context = sometimes_absent(context, o.absent)
 
     draw, draw_val = batches(dataset, "train", length), batches(dataset, "val", length)
 
+    def turn(step: int) -> list[SharedTrajectories]:
+        """The trajectories that take a step now."""
+        return trajectories[step % o.buffer * len(rows) :][: len(rows)]
+
     def losses(step: int, generator: Generator, noise: Generator) -> Iterator[Tensor]:
-        """The loss of a batch, in as many summands as --accumulate says."""
+        """This process's part of the loss of a batch, in as many summands as --accumulate says."""
         if trajectories:
-            for n, some in zip(rows, trajectories[step % o.buffer * len(rows) :]):
+            some, fresh = turn(step), lambda n: move(draw(n, generator), device)
+            for i, n in enumerate(rows):
                 with autocast(device, dtype):
-                    loss = some.loss(model, lambda k: move(draw(k, generator), device), r.residual, noise)
+                    part = functools.partial(some[i].loss, model, fresh, r.residual, noise)
+                    loss = parallel.loss(part, last=i == len(rows) - 1)
                 yield loss * (n / o.batch_size)
             return
         pieces = split_rows(draw(o.batch_size, generator), rows)
-        counts = [int(maskable(model.config, response, at).sum()) for _, response, at in pieces]
-        for count, piece in zip(counts, pieces):
-            if count == 0 < sum(counts):
-                continue  # rows without an answer
-            tokens, response, positions = move(piece, device)
+        counts = [maskable(model.config, response, at).sum(1) for _, response, at in pieces]  # of each row
+        whole = sum(int(count.sum()) for count in counts)
+        some = [i for i, count in enumerate(counts) if count.any() or not whole]  # rows with an answer
+        for i in some:
+            tokens, response, positions = move(pieces[i], device)
             with autocast(device, dtype):
                 t = draw_t(tokens, positions, o.t_per, model.config.block_size, noise)
-                loss = diffusion_loss(model, tokens, response, positions, context=context, t=t,
-                                      generator=noise)  # fmt: skip
-            yield loss * (count / sum(counts))  # each token counts alike
+                mine, drawn = distributed.own(tokens, response, positions, t, noise)
+                part = functools.partial(diffusion_loss, model, *mine, context=context, **drawn)
+                loss = parallel.loss(part, last=i == some[-1])
+            count = int(counts[i][distributed.share(rows[i])].sum())
+            yield loss * (count / whole)  # each token counts alike
 
     # What is saved and logged.
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset.tokenizer.save(folder)
+    once(lambda: training.open_folder(folder, dataset.tokenizer))
     meta = training.record(stage, recipe, r, origin)
     frozen = training.frozen(meta["options"], dtype)
     state = State(model, o, trajectories)
-    if o.resume and (folder / "state.safetensors").is_file():
+    if o.resume and training.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
-    log = Log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak, meta["options"])
+    log = training.open_log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak,
+                            meta["options"])  # fmt: skip
     sampler = Decoding(rule="threshold", carry="residual" if stage == "target" else "none")
 
-    with Stop() as stop, progress(steps, stage, "steps", initial=state.step) as bar:
-        while state.step < steps and not stop.asked:
+    quiet = distributed.rank() > 0
+    with Stop() as stop, progress(steps, stage, "steps", initial=state.step, quiet=quiet) as bar:
+        while not stop.asked() and state.step < steps:
             rate, total = learning_rate(o, state.step, steps), 0.0
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
@@ -228,8 +220,11 @@ def train_stage(stage: str, r: Run) -> None:
             for loss in losses(state.step, *seeded):
                 loss.backward()
                 total += loss.detach()
-            if o.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            total = distributed.total(total)
+            norm = distributed.clip(model, o.clip or math.inf)
+            if not math.isfinite(total + norm):
+                again, _ = generators(o.seed, STAGES.index(stage), state.step, device=device)
+                training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.average()
@@ -239,12 +234,14 @@ def train_stage(stage: str, r: Run) -> None:
             bar.update()
             if state.step % max(1, steps // 100) and state.step < steps:
                 continue
-            entry = log.entry(o, state.step, rate)
+            entry = log.entry(state.step, rate)
             if state.step % o.eval_every == 0 or state.step == steps:
                 with log.paused():
-                    bound = validate(model, draw_val, context, device, dtype, length, rows[0])
+                    given = (model, draw_val, context, device, dtype, length, rows[0])
+                    bound = parallel.read(functools.partial(validate, *given))
                     entry |= {"val_loss": round(bound, 5)}
-                    entry |= accuracy(model, dataset, o.eval_items, sampler, dtype)
+                    if not sharded:
+                        entry |= accuracy(model, dataset, o.eval_items, sampler, dtype)
                     state.save(folder, frozen)
             bar.set_postfix(log.write(entry))
 
@@ -256,7 +253,8 @@ def train_stage(stage: str, r: Run) -> None:
     state.finish()
     tokens = state.step * tokens_per_step
     meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
-    training.save_stage(model, origin, folder, meta)
+    result = distributed.whole(model) if sharded else lora.merge(model)
+    once(lambda: training.save_stage(result, origin, folder, meta))
     print(f"{stage}: {state.step} steps, {tokens:,} tokens -> {folder}")
 
 
@@ -274,7 +272,7 @@ def main() -> None:
     training.quick_attention(device, length)
     root = OUT / (o.name or dataset.name)
     stages = [s for s in STAGES if o.stage in (s, "all") and not (s == "base" and o.init_from)]
-    training.check_folder(root, stages, o)
+    training.check_folder(root, [] if o.plan else stages, o)
     print(reason)
     print(f"data {dataset.name}: {dataset.meta['splits']['train']:,} train, canvas {length}, "
           f"vocabulary {dataset.meta['vocab_size']}; preset {o.preset}")  # fmt: skip
@@ -284,14 +282,18 @@ def main() -> None:
     speed_here = f"{peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}"
     print(f"matmuls run at {speed_here}; mfu is the model's share of that")
 
+    peak *= distributed.processes()
     r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
-    for stage in stages:
-        if o.resume and (root / stage / "train.json").is_file():
-            print(f"{stage}: already there, {root / stage}")
-        else:
-            train_stage(stage, r)
-    if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
-        training.final_table(r)
+    if o.plan:
+        return training.print_plan(r)
+    with training.claimed(root):
+        for stage in stages:
+            if o.resume and (root / stage / "train.json").is_file():
+                print(f"{stage}: already there, {root / stage}")
+            else:
+                train_stage(stage, r)
+        if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
+            training.final_table(r)
     # A text has more blocks than 8, and a chat model has no examples.
     show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"
     minutes, last = (time.perf_counter() - begin) / 60, root / stages[-1]
@@ -299,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(distributed.together(main, go_on=training.command(resume=True)))

@@ -62,6 +62,14 @@ class Trajectories:
         self.state["delta"] = self.state["delta"].detach()
         return loss
 
+    def draws(self, n: int, generator: Generator) -> Tensor:
+        """What decides the budgets and thresholds of n new canvases: uniform, (3, n)."""
+        return torch.rand(3, n, generator=generator, device=self.state["tokens"].device)
+
+    def size(self) -> Tensor:
+        """How many response tokens the batch holds: the loss is divided by it."""
+        return self.state["response"].sum()
+
     def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
         """One denoising step of every trajectory, and its loss."""
         s, c, device = self.state, model.config, self.state["tokens"].device
@@ -88,7 +96,7 @@ class Trajectories:
 
         if len(empty):
             most = count(s["masked"], block).view(B, T).amax(1)[empty].clamp(min=2)  # of the largest block
-            u, v, w = torch.rand(3, len(empty), generator=generator, device=device)
+            u, v, w = self.draws(len(empty), generator)
             s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked, E = s["masked"], model.embedding
@@ -105,7 +113,7 @@ class Trajectories:
         targets, hidden = s["tokens"][cells], model.predicting(hidden, cells)  # (N,), (N, D)
         nll, alpha, delta, confidence = token_losses(model, hidden, targets, carry)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) noise level of each document
-        loss = (nll / t[document[cells]]).sum() / s["response"].sum()
+        loss = (nll / t[document[cells]]).sum() / self.size()
 
         for name, value in (("alpha", alpha), ("delta", delta)):
             s[name] = s[name].index_put(cells, value.to(s[name].dtype))

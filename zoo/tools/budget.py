@@ -64,13 +64,16 @@ def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, devi
 
 def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_size: int, device: torch.device,
            dtype: torch.dtype, packed: bool = False, ema: bool = False, reference: int = 0, buffer: int = 0,
-           window: int = 1) -> dict[str, int]:  # fmt: skip
+           window: int = 1, shards: int = 1, adapters: int = 0) -> dict[str, int]:  # fmt: skip
     """Bytes that a training step needs at the moment when it needs most, by what needs them.
 
     model may be on the meta device; rows of the batch_size canvases go through it at once. reference: bytes
     of the frozen one. buffer: batches of trajectories, 0 = none; window: their steps in a training step.
+    batch_size: canvases of one process. shards: processes that share the weights and all that belongs to
+    them; each gathers two layers, and what is in no layer, in dtype, and adds up gradients in float32.
 
-    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. To what is there all the
+    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. With adapters (LoRA, so many
+    numbers) only theirs are, and the weights stay in dtype. To what is there all the
     time the larger of two peaks is added. At the start of the backward pass all layers keep their
     activations, autocast keeps its copies of the matrices, and the logits of one chunk exist three times:
     they, their softmax, its gradient. The gradient of the head's table is there too, and under --accumulate
@@ -85,21 +88,25 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     chunk = max(1, CHUNK // c.vocab_size)  # rows of logits; a window keeps its logits if they are one chunk
     logits = window * rows * length if rows * length <= chunk else chunk
     state = Trajectories(c, batch_size * buffer, length, "meta", packed).state if buffer else {}
+    layer = sum(p.numel() for p in model.layers[-1].parameters())
+    rest, own = parameters - c.n_layer * layer, adapters or -(-parameters // shards)
+    copied = dtype != torch.float32 and shards == 1 and not adapters
     always = {
-        "weights": 4 * parameters,
-        "AdamW": 8 * parameters,
-        "average": 4 * parameters * ema,
-        "reference": reference,
+        "weights": 4 * own + dtype.itemsize * parameters * (adapters > 0),
+        "AdamW": 8 * own,
+        "average": 4 * own * ema,
+        "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest)) * (shards > 1),
+        "reference": -(-reference // shards),
         "trajectories": sum(v.nbytes for v in state.values()),
         "attention mask": masked * rows * tokens**2,
     }
     start = {
         "activations": window * c.n_layer * (x if remat else x + kept),
-        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * (dtype != torch.float32),
-        "logits": 12 * logits * c.vocab_size + 4 * c.vocab_size * c.d_model,
-        "gradients": 4 * parameters * (rows < batch_size),
+        f"{str(dtype)[6:]} copies": dtype.itemsize * matrices * copied,
+        "logits": 12 * logits * c.vocab_size + 4 * c.vocab_size * c.d_model * (not adapters),
+        "gradients": 4 * own * (rows < batch_size),
     }
-    end = {"gradients": 4 * parameters, "activations": x + kept}
+    end = {"gradients": 4 * own, "activations": x + kept}
     return always | max(start, end, key=lambda peak: sum(peak.values()))
 
 
@@ -147,6 +154,37 @@ def report_memory(need: Callable[[int, bool], dict[str, int]], have: int, batch_
         advice += f", or a smaller --reference than {size(shown['reference'])}" if shown["reference"] else ""
     too_much = f"this will probably run out of memory: {size(now - have)} too much"
     print(f"WARNING: {too_much}; {advice}", file=sys.stderr)
+
+
+# GiB of memory, less a tenth for what is not counted: the context, buffers of exchanges, fragments.
+CARDS = {"RTX4090": 24, "RTX5090": 32, "L40S": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 180}
+
+
+def cards(text: str) -> tuple[int, int]:
+    """H100:8 -> how many cards, and the bytes of one that can be counted on; 24:1 names GiB. ValueError."""
+    name, _, count = text.partition(":")
+    gib = int(name) if name.isdecimal() else CARDS.get(name, 0)
+    if not gib or not (count or "1").isdecimal() or int(count or 1) < 1:
+        known = f"of {', '.join(CARDS)}; or GiB, as in 24:1"
+        raise ValueError(f"plan={text!r}: give a card and how many, as in H100:8, {known}")
+    return int(count or 1), int(0.9 * gib * 2**30)
+
+
+def plan(need: Callable[..., dict[str, int]], count: int, have: int, batch_size: int) -> list[str]:
+    """For every way to train: the fewest pieces of a batch with which it fits into `have` bytes.
+
+    need(rows, remat, shards, rank): see memory(). batch_size: canvases of one of the `count` processes.
+    """
+    lines, pieces = [], [k for k in range(1, batch_size + 1) if not batch_size % k]
+    for shards, rank in [(1, 0), *([(count, 0)] if count > 1 else []), (1, 16)]:
+        for remat in (False, True):
+            ways = [(k, sum(need(batch_size // k, remat, shards, rank).values())) for k in pieces]
+            k, total = next((way for way in ways if way[1] <= have), ways[-1])
+            options = [f"--shard={'full' if shards > 1 else 'none'}"] * (count > 1)
+            options += [f"--lora={rank}"] * (rank > 0) + ["--remat"] * remat + [f"--accumulate={k}"] * (k > 1)
+            verdict = "fits" if total <= have else "too much"
+            lines.append(f"  {verdict:8}  {size(total):>11}  {' '.join(options) or 'no option'}")
+    return lines
 
 
 def size(n: int) -> str:

@@ -16,6 +16,7 @@ from rcd import Residual, Sampler, Transformer, denoise
 from zoo.decoding import Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
+from zoo.tools import distributed
 from zoo.tools.command import autocast
 
 
@@ -58,19 +59,23 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
 
     Returns a dict per setting: label, rule, value (steps or threshold), accuracy (by the data set's own
     check), nfe (forward passes of a canvas, mean), tokens_per_step, correct (a bool per canvas) and seconds.
-    Raises ValueError for a data set without right answers.
+    Several processes share the canvases, and each returns the whole result. Raises ValueError for a data set
+    without right answers.
     """
     if dataset.check is None:
         where = "evaluate its validation bound with train.py instead"
         raise ValueError(f"data set {dataset.name} has no right answers to check; {where}")
     solutions = torch.from_numpy(dataset.tokens(split)[:limit].astype("int64"))  # (N, L)
     response = torch.from_numpy(dataset.response(split)[:limit].copy())  # (N, L)
-    rows = []
-    with progress(len(settings) * len(solutions), "evaluate", "canvases", leave=False) as bar:
+    rows, batch = [], -(-min(batch, len(solutions)) // distributed.processes())
+    mine = range(0, len(solutions), batch)[distributed.rank() :: distributed.processes()]
+    canvases = sum(len(solutions[i : i + batch]) for i in mine)
+    with progress(len(settings) * canvases, "evaluate", "canvases", leave=False) as bar:
         for label, model, reference, sampler, residual in settings:
-            device, begin, correct, nfe = model.embedding.device, time.perf_counter(), [], []
-            generator = torch.Generator(device).manual_seed(seed)
-            for i in range(0, len(solutions), batch):
+            device, begin = model.embedding.device, time.perf_counter()
+            correct, nfe = torch.zeros(2, len(solutions), dtype=torch.long)
+            generator = torch.Generator(device).manual_seed(seed + distributed.rank())
+            for i in mine:
                 tokens, fill = solutions[i : i + batch], response[i : i + batch]
                 canvas = tokens.masked_fill(fill, model.config.mask_id)
                 with autocast(device, dtype):
@@ -78,9 +83,10 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
                     for step in run:  # noqa: B007 (the last one is needed)
                         pass
                 filled = zip(step.tokens.tolist(), tokens.tolist(), fill.tolist())
-                correct += [dataset.correct(*row) for row in filled]
-                nfe += step.nfe.tolist()
+                correct[i : i + batch] = torch.tensor([dataset.correct(*row) for row in filled])
+                nfe[i : i + batch] = step.nfe
                 bar.update(len(tokens))
+            correct, nfe = distributed.total(correct).bool().tolist(), distributed.total(nfe).tolist()
             rows.append({
                 "label": label, "rule": sampler.rule,
                 "value": sampler.threshold if sampler.rule == "threshold" else sampler.steps,

@@ -3,15 +3,19 @@
 `o` and `shape` stand for the dataclasses Train and Shape of train.py: options by name.
 """
 
+import errno
 import functools
 import json
 import math
+import os
+import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,18 +24,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import zoo
 from rcd import Config, Context, Residual, Sampler, Transformer, diffusion_loss, maskable
-from zoo import tokenizer
+from zoo import lora, tokenizer
 from zoo.decoding import RENAMED, Decoding, carry_options
-from zoo.files import load, save, write_atomic
-from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels
-from zoo.rivals import carries
-from zoo.tools.budget import available, memory, report_memory, shape_of
+from zoo.checkpoint import DTYPES, entries, match, plan_for, read
+from zoo.files import config_from, load, save, write_atomic
+from zoo.recipes import document_positions, init_weights, noise_levels
+from zoo.rivals import ABSENT, carries
+from zoo.rivals import RECIPES as RIVALS
+from zoo.tools import distributed
+from zoo.tools.budget import available, cards, memory, plan, report_memory, shape_of, size
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate, sweep, table
 from zoo.tools.sinks import SINKS
@@ -40,13 +47,13 @@ from zoo.tools.sinks import SINKS
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
-        "test_items", "options", "log"}  # fmt: skip
+        "test_items", "options", "log", "shard"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
     """The command line of this run, to be typed again."""
     typed = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "train.py", *typed, *(["--resume"] if resume else [])])
+    return shlex.join([*distributed.launcher(), "train.py", *typed, *(["--resume"] if resume else [])])
 
 
 def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
@@ -75,6 +82,29 @@ def options_of(name: str, *groups: type) -> dict:
         if type(v) is not kinds[k] and (type(v), kinds[k]) != (int, float):
             raise ValueError(f"{path} is damaged: {k}={v!r} is no {kinds[k].__name__}")
     return values
+
+
+# Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
+# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
+# point of accuracy where passes are many.
+RECIPES = {
+    "trajectory": {"weight": "fixed", "fixed": 0.5},
+    "paper": {"weight": "entropy"},
+    "earlier": {"weight": "fixed", "fixed": 0.5},
+    **RIVALS,
+}
+
+
+def implied(typed: dict, dataset) -> dict:
+    """Defaults that the typed options and the data.Dataset imply.
+
+    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
+    """
+    response = dataset.response("train")
+    short = response is not None and response[:1024].sum(1).mean() < 64
+    recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
+    absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
+    return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
 
 
 # The largest values of what is built or run one by one, and of shares. The memory estimate bounds the rest.
@@ -109,6 +139,9 @@ def check_options(o, block_size: int) -> None:
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
         (not 1 <= o.accumulate <= o.batch_size,
          f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}"),
+        (o.batch_size // max(1, o.accumulate) < distributed.environment("WORLD_SIZE"),
+         f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
+         f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
         (not 0 <= o.absent < 1 or (o.absent and trajectory),
          f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
          "start without a residual"),
@@ -117,6 +150,11 @@ def check_options(o, block_size: int) -> None:
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
+        (o.shard == "full" and distributed.processes() == 1,
+         "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
+        (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
+        (o.recipe in carries.LEARNED and (o.lora or o.shard == "full"),
+         f"recipe={o.recipe} has parameters of its own: it takes neither --lora nor --shard=full"),
         (o.init_from and o.stage == "base",
          "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
         (o.log and not find_spec(o.log),
@@ -138,11 +176,57 @@ def check_tokens(dataset, init_from: str, reference: str) -> None:
 
 def check_folder(root: Path, stages: list[str], o) -> None:
     """Raises ValueError for stages that are there already, unless they are to be resumed or overwritten."""
-    files = ("train.json", "state.safetensors")
-    found = ", ".join(s for s in stages if any((root / s / f).exists() for f in files))
+    found = ", ".join(s for s in stages if (root / s / "train.json").exists() or states(root / s))
     if found and not (o.resume or o.overwrite):
         ways = "--resume goes on, --overwrite starts again, --name=NAME keeps both"
         raise ValueError(f"{root} already holds {found}: {ways}")
+
+
+# What the system says if it will not write: no permission, a read-only file system, no room, no folder.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+           errno.EEXIST, errno.ENOTDIR)  # fmt: skip
+
+
+@contextmanager
+def claimed(root: Path):
+    """The run folder, for this run alone: root/.lock is locked, and names the process that holds it.
+
+    The system frees the lock of a process that has died. Raises ValueError if another one holds it, and
+    OSError, in one line, if something cannot be written there.
+    """
+    files = []
+
+    def lock() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        files.append(open(root / ".lock", "a+"))
+        try:
+            import fcntl  # not on Windows
+        except ImportError:
+            return
+        try:
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            files[0].seek(0)
+            holder = files[0].read().strip() or "another process"
+            raise ValueError(f"{root} is in use by {holder}; wait for it, or choose --name=NAME") from None
+        except OSError as error:
+            warning = f"{root} cannot be locked ({error.strerror}): let no second run write there"
+            print(f"WARNING: {warning}", file=sys.stderr)
+        files[0].truncate(0)
+        files[0].write(f"process {os.getpid()} on {platform.node()}: {command()}\n")
+        files[0].flush()
+
+    try:
+        distributed.once(lock)
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSED:
+            raise
+        kept = "what was saved before is still there; mend that, then go on with"
+        raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
+    finally:
+        for file in files:
+            file.close()
 
 
 def quick_attention(device: torch.device, length: int) -> None:
@@ -196,22 +280,57 @@ def reference_of(recipe: str, r: Run) -> str | Path:
     return r.o.reference or r.root / "reference"
 
 
-def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> None:
-    """Say how much memory a stage will need, before anything is loaded. reference: its name, "" = none.
-
-    Raises ValueError if it is ten times what is free, unless --force says to go on.
-    """
+def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int) -> Callable[..., dict]:
+    """The memory() of a stage in each of so many processes, as a function of rows, remat, shards and the rank
+    of LoRA. reference: its name; "" = none."""
     o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
-        model = Transformer(r.config) if stage == "base" else shape_of(start, tokens)[0]
-    need = functools.partial(
-        memory, model, length=r.length, batch_size=o.batch_size, device=r.device, dtype=r.dtype,
-        packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
-        reference=shape_of(reference, tokens)[1] if reference else 0,
-        buffer=o.buffer if own else 0, window=o.window if own else 1,
-    )  # fmt: skip
-    report_memory(need, available(r.device), o.batch_size, o.accumulate, o.remat, o.force)
+        ready = o.init_from or (r.root / "base" / "config.json").is_file()
+        model = shape_of(start, tokens)[0] if ready and stage != "base" else Transformer(r.config)
+    stored = shape_of(reference, tokens)[1] if reference else 0
+
+    def need(rows: int, remat: bool, shards: int = 1, rank: int = o.lora) -> dict[str, int]:
+        return memory(
+            model, rows, remat, length=r.length, batch_size=-(-o.batch_size // processes), device=r.device,
+            dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0, reference=stored,
+            buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
+            adapters=lora.parameters(model, rank) if stage != "base" else 0,
+        )  # fmt: skip
+
+    return need
+
+
+def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool:
+    """Say how much memory a stage will need, before anything is loaded. reference: its name; "" = none.
+
+    Returns whether the model is to be sharded: --shard, or where that is auto, if it does not fit otherwise.
+    """
+    o, n = r.o, distributed.processes()
+    rows, have = -(-o.batch_size // n), available(r.device)
+    if r.device.type == "cpu":  # the processes of a machine share it
+        have //= max(1, distributed.environment("LOCAL_WORLD_SIZE"))
+    need = needs(stage, recipe, r, reference, n)
+    whole = sum(need(-(-rows // o.accumulate), o.remat).values())
+    too_large = n > 1 and distributed.anyone(0 < have < whole)
+    whole_only = o.lora or (stage == "target" and recipe in carries.LEARNED)
+    sharded = o.shard == "full" or (o.shard == "auto" and too_large and not whole_only)
+    if n > 1:
+        why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
+        print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
+    need = functools.partial(need, shards=n if sharded else 1)
+    report_memory(need, have, rows, o.accumulate, o.remat, o.force)
+    return sharded
+
+
+def print_plan(r: Run) -> None:
+    """What the target would need on the cards that --plan names, and which options make it fit."""
+    o, (count, have) = r.o, cards(r.o.plan)
+    reference = (o.reference or o.init_from) if o.recipe == "paper" else ""
+    need = needs("target", o.recipe, r, reference, count)
+    print(f"{o.plan}, {size(have)} of each counted, {o.batch_size} canvases of {r.length} tokens; estimates:")
+    for line in plan(need, count, have, -(-o.batch_size // count)):
+        print(line)
 
 
 def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
@@ -219,18 +338,85 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     o = r.o
     if stage == "base":
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
-    carry = o.recipe if stage == "target" else ""  # not every recipe brings a carry with parameters
     if not o.init_from:
-        return carries.attach(load(r.root / "base", r.device, torch.float32), carry, o.seed), None
-    loaded = zoo.load(o.init_from, r.device, torch.float32)
-    most = loaded.model.config.max_len
-    if r.length > most:
-        raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {o.init_from}")
-    own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
-    if carry in carries.LEARNED and not own:
+        model, origin = load(r.root / "base", r.device, torch.float32), None
+    else:
+        stored = None if o.lora else torch.float32  # what is frozen needs no float32
+        model, origin = of_origin(zoo.load(o.init_from, r.device, stored), r)
+    carry = o.recipe if stage == "target" else ""  # not every recipe brings a carry with parameters
+    if carry in carries.LEARNED and origin:
         here = "a carry with parameters is saved in this project's own layout only"
         raise ValueError(f"recipe={carry} cannot convert {o.init_from}: {here}")
-    return carries.attach(loaded.model, carry, o.seed), None if own else loaded
+    return carries.attach(model, carry, o.seed), origin
+
+
+def of_origin(loaded: zoo.Loaded, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
+    """As start_of(), of a model that was loaded."""
+    most = loaded.model.config.max_len
+    if r.length > most:
+        raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {r.o.init_from}")
+    own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
+    return loaded.model, None if own else loaded
+
+
+Weights = Iterator[tuple[str, Tensor]]  # parameter by parameter
+
+
+def sharded_start(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None, Weights]:
+    """As start_of(), but on the meta device, and the weights that it will get."""
+    if stage == "base":
+        whole = init_weights(Transformer(r.config), torch.Generator().manual_seed(r.o.seed))
+        with torch.device("meta"):
+            return Transformer(r.config), None, iter(whole.state_dict().items())
+    loaded, weights = opened(r.o.init_from or r.root / "base", torch.float32)
+    return *of_origin(loaded, r), weights
+
+
+def opened(name: str | Path, dtype: torch.dtype | None = None) -> tuple[zoo.Loaded, Weights]:
+    """A model on the meta device, and its weights: of the files only what is copied will be read.
+
+    dtype None is that of its embedding. Errors as in zoo.load.
+    """
+    folder = zoo.find(name)
+    values, tokens, found = zoo.read_json(folder / "config.json"), tokenizer.load(folder), entries(folder)
+    if values.pop("model_type", "") == "rcd":
+        with torch.device("meta"):
+            model = Transformer(config_from(values))
+        layout, template, defaults = {n: [n] for n in model.state_dict()}, None, {}
+        if {n: e.shape for n, e in found.items()} != {n: (*p.shape,) for n, p in model.state_dict().items()}:
+            raise ValueError(f"{folder}: the tensors do not fit the config")
+        table = "embed_tokens.weight"
+    else:
+        plan = plan_for(folder, tokens)
+        (model, layout), template, defaults = match(plan, found, str(folder)), plan.template, plan.defaults
+        table = plan.original("embed_tokens.weight")
+    rows = {n: len(p) for n, p in model.state_dict().items()}
+
+    def weights() -> Weights:
+        for name, tensor in read(found, list(layout)):
+            yield from zip(layout[name], tensor.split([rows[n] for n in layout[name]]))
+
+    model.to(dtype or DTYPES[found[table].dtype])
+    return zoo.Loaded(model, tokens, folder, template, defaults, {}), weights()
+
+
+def open_models(stage: str, r: Run, named: str | Path, sharded: bool):
+    """The model to train; its origin, see start_of(); the frozen reference `named`, in the dtype it is stored
+    in, "" = none; and what trains the model in several processes."""
+    if not sharded:
+        model, origin = start_of(stage, r)
+        if r.o.lora and stage != "base":
+            lora.adapt(model, r.o.lora, r.o.seed)
+        reference = zoo.load(named, r.device).model.requires_grad_(False) if named else None
+        return model, origin, reference, distributed.Parallel(model, None, r.device, r.dtype, False)
+    model, origin, weights = sharded_start(stage, r)
+    loaded, others = opened(named) if named else (None, ())
+    reference = loaded and loaded.model.requires_grad_(False)
+    parallel = distributed.Parallel(model, reference, r.device, r.dtype, True)
+    distributed.fill(model, weights, r.device)
+    if reference:
+        distributed.fill(reference, others, r.device)
+    return model, origin, reference, parallel
 
 
 # ---- Batches
@@ -306,88 +492,155 @@ def generators(*seeds: int, device: torch.device) -> tuple[torch.Generator, torc
 
 
 class Stop:
-    """Within it the first Ctrl-C or SIGTERM only sets `asked`: no step is cut in two. The next interrupts."""
+    """Within it the first Ctrl-C or SIGTERM only is noted: no step is cut in two. The next interrupts.
+
+    torchrun hands every Ctrl-C on, so that its processes get it twice. They are not interrupted.
+    """
 
     def __enter__(self) -> "Stop":
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.noted = False
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted and distributed.processes() == 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.noted = True
 
-    def __exit__(self, *_) -> None:
+    def asked(self) -> bool:
+        """Whether any process was told to stop: all of them end with the same step."""
+        return distributed.anyone(self.noted)
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind and distributed.processes() > 1:
+            return  # torchrun sends SIGTERM when another process has died: there is something left to say
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def open_folder(folder: Path, tokens) -> None:
+    """Make the folder of a stage, with the tokenizer, and without what a killed process left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{STATE}.*"):
+        path.unlink()
+    tokens.save(folder)
+
+
+# The last state of a stage, and the one before it: a file, or a folder if the model is sharded.
+STATE, BEFORE, SHARDS, SHARDS_BEFORE = (
+    "state.safetensors", "state.before.safetensors", "state.shards", "state.before.shards",
+)  # fmt: skip
+
+
+def states(folder: Path) -> list[Path]:
+    """What a stage can be resumed from, the newest first."""
+    found = [folder / n for n in (STATE, SHARDS, BEFORE, SHARDS_BEFORE) if (folder / n).exists()]
+    return sorted(found, key=lambda path: ("before" in path.name, -path.stat().st_mtime))
 
 
 class State:
     """What a resumed stage needs: weights, AdamW's moments, the moving average, trajectories under way.
 
-    All are of one step, and in one file, folder/state.safetensors, with the options that decide the weights.
+    All are of one step, and in one file, folder/state.safetensors, with the options that decide the weights:
+    the same file for any number of processes.
     """
 
-    def __init__(self, model: Transformer, o, trajectories: list[Trajectories]):
+    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories]):
         self.model, self.step, self.trajectories = model, 0, trajectories
-        by_dim = {n: p.dim() < 2 for n, p in model.named_parameters()}
-        self.names = sorted(by_dim, key=by_dim.get)  # matrices first, as AdamW counts
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names = sorted(self.trained, key=lambda n: self.trained[n].dim() < 2)  # as AdamW counts
         groups = [
-            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.trained.values() if p.dim() >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in self.trained.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = model.embedding.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
         self.decay = o.ema
-        self.ema = {n: p.detach().clone() for n, p in model.named_parameters()} if o.ema else {}
+        self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
 
     def average(self) -> None:
         """Move the average towards the weights of this step. The decay rises: early weights are forgotten."""
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.lerp_(self.model.get_parameter(name), 1 - decay)
+                average.lerp_(self.trained[name], 1 - decay)
 
     def finish(self) -> None:
         """Give the model its moving average, if there is one."""
         with torch.no_grad():
             for name, average in self.ema.items():
-                self.model.get_parameter(name).copy_(average)
+                self.trained[name].copy_(average)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, moments and average by name; in shards if the model is."""
+        found = {f"weight.{n}": p.detach() for n, p in self.trained.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"{key}.{self.names[index]}": value for key, value in values.items()}
+        return found | {f"ema.{n}": p for n, p in self.ema.items()}
 
     def save(self, folder: Path, options: dict[str, str]) -> None:
-        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.model.named_parameters()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{key}.{self.names[index]}": value.contiguous() for key, value in values.items()}
-        tensors |= {f"ema.{n}": p for n, p in self.ema.items()}
+        """Process 0 writes the file. The state before it stays, under another name, until the next save."""
+        tensors, under_way = self.tensors(), {}
         for i, group in enumerate(self.trajectories):
-            tensors |= {f"trajectory{i}.{n}": v.contiguous() for n, v in group.state.items()}
+            whole = {n: distributed.gather(v, group.rows) for n, v in group.state.items()}
+            under_way |= {f"trajectory{i}.{n}": v.contiguous() for n, v in whole.items() if v is not None}
         meta = {"step": str(self.step), **options}
-        write_atomic(folder / "state.safetensors", lambda path: save_file(tensors, path, metadata=meta))
+        if hasattr(self.model.embedding, "to_local"):
+            shards = {n: x for n, x in tensors.items() if not n.startswith("step.")}  # that is self.step
+            distributed.save_shards(folder / SHARDS, folder / SHARDS_BEFORE, shards, under_way, meta)
+            return
+
+        def write(path: Path) -> None:
+            tensors_here = {n: x.contiguous() for n, x in tensors.items()}
+            save_file(tensors_here | under_way, path, metadata=meta)
+            if (folder / STATE).exists():
+                os.replace(folder / STATE, folder / BEFORE)
+
+        distributed.once(lambda: write_atomic(folder / STATE, write))
 
     def restore(self, folder: Path, options: dict[str, str]) -> None:
-        """Raises ValueError if the options were others: going on would not give the same weights."""
-        path = folder / "state.safetensors"
-        with safe_open(path, "pt") as f:
-            saved = {RENAMED.get(k, k): v for k, v in f.metadata().items()}
+        """Go on from the newest state that is whole.
+
+        Raises ValueError if there is none, or if the options were others: the weights would not be the same.
+        """
+        for path in states(folder):
+            try:
+                if path.is_dir():
+                    saved, under_way = distributed.facts_of_shards(path), load_file(path / "more.safetensors")
+                else:
+                    with safe_open(path, "pt") as f:
+                        saved = f.metadata()
+                    under_way = load_file(path)
+                break
+            except (SafetensorError, OSError) as error:
+                print(f"{path} is damaged: {error}", file=sys.stderr)
+        else:
+            raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
+        if "before" in path.name:
+            print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
+        saved = {RENAMED.get(k, k): v for k, v in saved.items()}
         changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
         if changed:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
-        self.step, tensors = int(saved["step"]), load_file(path)
-        kinds, moments = ("step", "exp_avg", "exp_avg_sq"), {}
-        if self.step:
-            moments = {i: {k: tensors[f"{k}.{n}"] for k in kinds} for i, n in enumerate(self.names)}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(tensors[f"weight.{name}"])
-            for name, average in self.ema.items():
-                average.copy_(tensors[f"ema.{name}"])
+        self.step, moments = int(saved["step"]), {}
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            moments[i] = {"step": torch.tensor(float(self.step))}
+            moments[i] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments if self.step else {}})
+        into = {n: x for n, x in self.tensors().items() if not n.startswith("step.")}
+        if path.is_dir():
+            distributed.load_shards(path, into)
+        else:
+            for name, x in into.items():
+                local, mine = distributed.own_rows(x, under_way[name])
+                local.copy_(mine)
         for i, group in enumerate(self.trajectories):
-            if f"trajectory{i}.segments" in tensors:  # of an earlier version
-                tensors[f"trajectory{i}.positions"] = document_positions(tensors[f"trajectory{i}.segments"])
-            group.state = {n: tensors[f"trajectory{i}.{n}"].to(v.device) for n, v in group.state.items()}
+            if f"trajectory{i}.segments" in under_way:  # of an earlier version
+                segments = under_way[f"trajectory{i}.segments"]
+                under_way[f"trajectory{i}.positions"] = document_positions(segments)
+            rows = {n: under_way[f"trajectory{i}.{n}"][group.mine] for n in group.state}
+            group.state = {n: rows[n].to(v.device) for n, v in group.state.items()}
 
 
 class Log:
@@ -401,7 +654,7 @@ class Log:
         self.flops_per_token, self.peak, self.begin = flops_per_token, peak, time.perf_counter()
         self.total, self.count, self.shown = 0.0, 0, {}  # of the losses since the last entry; see write()
         lines = path.read_text().splitlines(True) if step and path.is_file() else []
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
         write_atomic(path, lambda temporary: temporary.write_text(kept))
         sink = SINKS.get(options["log"], lambda *_: lambda entry: None)
         self.sink = sink(path.parent, options, step > 0)
@@ -411,12 +664,9 @@ class Log:
     def add(self, loss: Tensor) -> None:
         self.total, self.count = self.total + loss, self.count + 1
 
-    def entry(self, o, step: int, rate: float) -> dict:
-        """Of the steps since the last one. Raises ValueError if their loss is no number."""
+    def entry(self, step: int, rate: float) -> dict:
+        """Of the steps since the last one."""
         mean, self.total, self.count = float(self.total) / self.count, 0.0, 0
-        if not math.isfinite(mean):
-            remedy = f"lower --lr (now {o.lr}) or raise --warmup"
-            raise ValueError(f"the loss became {mean} at step {step}: {remedy}")
         speed = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.begin)  # tokens/s
         flops = speed * self.flops_per_token
         return {
@@ -450,15 +700,63 @@ class Log:
         return json.loads(lines[-1]) if lines else {}
 
 
+class NoLog:
+    """In place of the Log in all processes but the first."""
+
+    def add(self, loss: Tensor) -> None: ...
+
+    def entry(self, step: int, rate: float) -> dict:
+        return {}
+
+    def paused(self):
+        return nullcontext()
+
+    def write(self, entry: dict) -> dict:
+        return {}
+
+    def last(self) -> dict:
+        return {}
+
+
+def open_log(path: Path, *facts) -> Log | NoLog:
+    """See Log. Only process 0 writes one."""
+    return NoLog() if distributed.rank() else Log(path, *facts)
+
+
+def not_finite(folder: Path, o, step: int, loss: Tensor, batch: Batch,
+               under_way: list[distributed.SharedTrajectories]) -> None:  # fmt: skip
+    """Write what a step read whose loss or gradient is no number, and raise ValueError. The weights are still
+    those before it.
+
+    under_way: the trajectories that took the step, in place of the batch.
+    """
+    names, path = ("tokens", "response", "positions"), folder / "not-finite.safetensors"
+    read = {n: [x] for n, x in zip(names, batch) if x is not None}
+    if under_way:
+        read = {n: [distributed.gather(g.state[n], g.rows) for g in under_way] for n in read}
+
+    def write(temporary: Path) -> None:
+        facts = {"step": str(step + 1), "loss": str(float(loss))}
+        save_file({n: torch.cat(x).contiguous() for n, x in read.items()}, temporary, metadata=facts)
+
+    distributed.once(lambda: write_atomic(path, write))
+    what = "loss" if not loss.isfinite() else "gradient"
+    remedy = f"lower --lr (now {o.lr}) or raise --warmup, and start again with --overwrite"
+    kept = f"its batch is in {path}, what was saved before is still there"
+    raise ValueError(f"the {what} became infinite, or no number, at step {step + 1}: {kept}; {remedy}")
+
+
 def validate(model: Transformer, draw: Draw, context: Context | None, device: torch.device,
              dtype: torch.dtype, length: int, rows: int) -> float:  # fmt: skip
     """The 1/t-weighted bound in nats per response token, always on the same canvases, noise levels and masks.
 
     1,024 canvases, fewer if they are long. A forward takes `rows` of them, or 16,384 tokens if that is more.
+    Several processes share the four draws.
     """
     total, repeats, drawn = 0.0, 4, max(4, min(256, (1 << 16) // length))
+    shares = math.gcd(repeats, distributed.processes())  # as many forwards in every process
     with torch.no_grad(), autocast(device, dtype):
-        for i in range(repeats):
+        for i in range(distributed.rank() % shares, repeats, shares):
             generator, noise = torch.Generator().manual_seed(i), torch.Generator(device).manual_seed(i)
             tokens, response, positions = draw(drawn, generator)
             t = draw_t(tokens, positions, "document", 0, generator)
@@ -468,7 +766,8 @@ def validate(model: Transformer, draw: Draw, context: Context | None, device: to
                 t_k = t[k].to(device)
                 loss = diffusion_loss(model, *some, context=context, t=t_k, generator=noise).item()
                 total += loss * (count[k].sum() / count.sum()).item()
-    return total / repeats
+    total = distributed.total(torch.tensor(total, dtype=torch.float64))
+    return float(total) / repeats / (distributed.processes() // shares)
 
 
 def has_answers(dataset, split: str) -> bool:
@@ -514,15 +813,19 @@ def save_stage(model: Transformer, origin: zoo.Loaded | None, folder: Path, meta
     else:
         defaults = origin.defaults | {"carry": "residual" if meta["stage"] == "target" else "none"}
         zoo.save(origin._replace(model=model, defaults=defaults, meta=meta), folder)
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    for path in states(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def final_table(r: Run) -> None:
     """Print and save SeqD beside RCD, over budgets and thresholds, on the first test canvases."""
     o, root, dataset, device = r.o, r.root, r.dataset, r.device
     stage_1 = str(root / "reference") if (root / "reference" / "train.json").is_file() else ""
-    target = zoo.load(root / "target", device).model
     names = (stage_1 or o.reference, o.reference or stage_1)
+    stored = sum(shape_of(name, dataset.tokenizer)[1] for name in (root / "target", *names) if name)
+    if distributed.anyone(0 < available(device) < stored):
+        return print(f"no table: a process would have to hold {size(stored)} of models")
+    target = zoo.load(root / "target", device).model
     seqd, reference = (zoo.load(name, device).model if name else None for name in names)
     seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
     warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
@@ -534,5 +837,5 @@ def final_table(r: Run) -> None:
                      blocks=-(-length // (target.config.block_size or length)))  # fmt: skip
     rows = evaluate(settings, dataset, "test", o.test_items, o.batch_size, r.dtype, o.seed)
     text = json.dumps({"command": command(), "seed": o.seed, "rows": rows}) + "\n"
-    write_atomic(root / "table.json", lambda path: path.write_text(text))
+    distributed.once(lambda: write_atomic(root / "table.json", lambda path: path.write_text(text)))
     print(table(rows))
