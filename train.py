@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +117,7 @@ PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500,
             "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
 }  # fmt: skip
+
 
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
@@ -216,14 +216,14 @@ def train_stage(stage: str, r: Run) -> None:
             rate, total = learning_rate(o, state.step, steps), 0.0
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            seeded = generators(o.seed, STAGES.index(stage), state.step, device=device)
-            for loss in losses(state.step, *seeded):
+            seeds = o.seed, STAGES.index(stage), state.step
+            for loss in losses(state.step, *generators(*seeds, device=device)):
                 loss.backward()
                 total += loss.detach()
             total = distributed.total(total)
             norm = distributed.clip(model, o.clip or math.inf)
             if not math.isfinite(total + norm):
-                again, _ = generators(o.seed, STAGES.index(stage), state.step, device=device)
+                again, _ = generators(*seeds, device=device)
                 training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -247,9 +247,7 @@ def train_stage(stage: str, r: Run) -> None:
 
     if state.step < steps:
         state.save(folder, frozen)
-        go_on = f"saved; go on with: {training.command(resume=True)}"
-        print(f"\n{stage}: stopped at step {state.step} of {steps}, {go_on}", file=sys.stderr)
-        raise KeyboardInterrupt
+        training.stopped(stage, state.step, steps)
     state.finish()
     tokens = state.step * tokens_per_step
     meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
@@ -279,11 +277,8 @@ def main() -> None:
     config = training.base_config(dataset, shape, preset["head_dim"], length)
     training.check_tokens(dataset, o.init_from, o.reference if "target" in stages else "")
     begin, peak = time.perf_counter(), matmul_rate(device, dtype)
-    speed_here = f"{peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}"
-    print(f"matmuls run at {speed_here}; mfu is the model's share of that")
-
-    peak *= distributed.processes()
-    r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
+    print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share")
+    r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak * distributed.processes())
     if o.plan:
         return training.print_plan(r)
     with training.claimed(root):

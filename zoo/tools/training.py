@@ -723,6 +723,13 @@ def open_log(path: Path, *facts) -> Log | NoLog:
     return NoLog() if distributed.rank() else Log(path, *facts)
 
 
+def stopped(stage: str, step: int, steps: int) -> None:
+    """Say how to go on after Ctrl-C or SIGTERM, all being saved. Raises KeyboardInterrupt."""
+    go_on = f"saved; go on with: {command(resume=True)}"
+    print(f"\n{stage}: stopped at step {step} of {steps}, {go_on}", file=sys.stderr)
+    raise KeyboardInterrupt
+
+
 def not_finite(folder: Path, o, step: int, loss: Tensor, batch: Batch,
                under_way: list[distributed.SharedTrajectories]) -> None:  # fmt: skip
     """Write what a step read whose loss or gradient is no number, and raise ValueError. The weights are still
