@@ -4,7 +4,9 @@ solved by Llama 3.1 405B; what the paper converts LLaDA with.
 The prompt is the problem, the response its generated solution; the answer counts when the last box of the
 response holds the same as the reference's (data/answers.py). As in the paper a million samples of up to
 2,048 tokens: from the hub, the authors' own fair sample (train_1M); from other files, those that come
-first. A problem has several solutions, all of them in the same split.
+first. A problem has several solutions, all of them in the same split; --seed decides the order.
+
+All cores encode. A preparation that was interrupted or killed goes on with the same command: data/store.py.
 
     python data/openmathinstruct2/prepare.py --tokenizer FOLDER-OF-THE-MODEL --chat auto --pack
 

@@ -10,6 +10,8 @@ the last box of the response holds the same as the reference's (data/answers.py)
 
 The paper does not name the subset: `default` has 94k problems and is what its authors recommend for
 fine-tuning, `extended` 131k easier ones, `all` both. Needs pyarrow: pip install -e ".[data]"
+
+All cores encode. A preparation that was interrupted or killed goes on with the same command: data/store.py.
 """
 import itertools
 import sys
