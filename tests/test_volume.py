@@ -112,6 +112,24 @@ def test_a_run_that_was_cut_off_anywhere_goes_on(cli, monkeypatch):
             assert records() == wanted and len(filled) == 6 - len(done)
 
 
+def test_a_run_that_is_cut_off_twice_leaves_whole_lines(cli, monkeypatch):
+    write(PROMPTS)
+    cli("--max_new=9", "--batch_size=2")
+    wanted, fill, begun = records(), volume.fill, []
+
+    def once(*arguments):
+        begun.append(arguments)
+        if len(begun) > 1:
+            raise KeyboardInterrupt
+        return fill(*arguments)
+
+    Path("out.jsonl").write_bytes(Path("out.jsonl").read_bytes().split(b"\n")[0] + b'\n{"line": 2, "sam')
+    monkeypatch.setattr(volume, "fill", once)
+    assert cli("--max_new=9", "--batch_size=2")[0] == 130 and len(records()) == 3  # each line is whole
+    monkeypatch.setattr(volume, "fill", fill)
+    assert cli("--max_new=9", "--batch_size=2")[0] == 0 and records() == wanted
+
+
 def test_a_killed_process_goes_on(model, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run of 60 prompts."""
     monkeypatch.chdir(tmp_path)
