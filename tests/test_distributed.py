@@ -248,7 +248,7 @@ def test_a_state_that_is_cut_anywhere_gives_way_to_the_one_before(one, monkeypat
     folder = Path("out/x/base")
     state = (folder / training.STATE).read_bytes()
     options = training.frozen(json.loads(json.dumps({})), torch.float32)
-    model = train.zoo.files.load("out/whole/base")
+    model = zoo.files.load("out/whole/base")
     header = 8 + int.from_bytes(state[:8], "little")
     for at in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(state) // 2, len(state) - 1):
         (folder / training.STATE).write_bytes(state[:at])
