@@ -39,12 +39,13 @@ from zoo import lora, rivals, speed
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
 from zoo.recipes import sometimes_absent
-from zoo.tools import distributed, training
+from zoo.tools import checks, distributed, models, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
+from zoo.tools.checks import RECIPES, implied
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.distributed import SharedTrajectories, once
-from zoo.tools.training import (RECIPES, Run, State, Stop, accuracy, batches, draw_t, generators, implied,
-                                learning_rate, move, split_rows, validate)  # fmt: skip
+from zoo.tools.training import (State, Stop, accuracy, batches, draw_t, generators, learning_rate, move,
+                                split_rows, validate)  # fmt: skip
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")
@@ -122,25 +123,25 @@ PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
-    training.check_choices(o, {
+    checks.check_choices(o, {
         "preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES, "schedule": ("cosine", "constant"),
         "t_per": ("document", "block"), "shard": ("auto", "none", "full"), "log": ("", *training.SINKS),
     })  # fmt: skip
-    training.fill_zeros(PRESETS[o.preset], o, shape)
-    training.check_options(o, shape.block_size)
+    checks.fill_zeros(PRESETS[o.preset], o, shape)
+    checks.check_options(o, shape.block_size)
     return PRESETS[o.preset]
 
 
-def train_stage(stage: str, r: Run) -> None:
+def train_stage(stage: str, r: models.Run) -> None:
     """Train a stage to its end, in out/<name>/<stage>. Raises KeyboardInterrupt after Ctrl-C, all saved."""
     o, dataset, length, device, dtype = r.o, r.dataset, r.length, r.device, r.dtype
     folder, steps = r.root / stage, o.base_steps if stage == "base" else o.steps
     recipe = o.recipe if stage == "target" else "masked"
 
     # The model to train, and the frozen reference of Algorithm 1.
-    named = training.reference_of(recipe, r) if stage != "base" else ""
-    sharded = training.report_stage(stage, recipe, r, named)  # does it fit into memory?
-    model, origin, reference, parallel = training.open_models(stage, r, named, sharded)
+    named = models.reference_of(recipe, r) if stage != "base" else ""
+    sharded = models.report_stage(stage, recipe, r, named)  # does it fit into memory?
+    model, origin, reference, parallel = models.open_models(stage, r, named, sharded)
     size = sum(p.numel() for p in model.parameters())
     print(f"{stage}: {size:,} parameters, {steps} steps of {o.batch_size} canvases")
     for network in filter(None, (model, reference)):
@@ -199,10 +200,10 @@ def train_stage(stage: str, r: Run) -> None:
 
     # What is saved and logged.
     once(lambda: training.open_folder(folder, dataset.tokenizer))
-    meta = training.record(stage, recipe, r, origin)
-    frozen = training.frozen(meta["options"], dtype)
+    meta = models.record(stage, recipe, r, origin)
+    frozen = checks.frozen(meta["options"], dtype)
     state = State(model, o, trajectories)
-    if o.resume and training.states(folder):
+    if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
@@ -249,46 +250,45 @@ def train_stage(stage: str, r: Run) -> None:
         state.save(folder, frozen)
         training.stopped(stage, state.step, steps)
     state.finish()
-    tokens = state.step * tokens_per_step
-    meta |= {"step": state.step, "tokens": tokens, "val_loss": log.last().get("val_loss")}
+    meta |= {"step": steps, "tokens": steps * tokens_per_step, "val_loss": log.last().get("val_loss")}
     result = distributed.whole(model) if sharded else lora.merge(model)
-    once(lambda: training.save_stage(result, origin, folder, meta))
-    print(f"{stage}: {state.step} steps, {tokens:,} tokens -> {folder}")
+    once(lambda: models.save_stage(result, origin, folder, meta))
+    print(f"{stage}: {steps} steps, {meta['tokens']:,} tokens -> {folder}")
 
 
 def main() -> None:
     opened = functools.cache(data.load)
 
     def presets(typed: dict) -> dict:
-        given = training.options_of(typed.get("options", ""), Train, Shape, Carry)
+        given = checks.options_of(typed.get("options", ""), Train, Shape, Carry)
         return implied(given | typed, opened((given | typed).get("data", Train.data))) | given
 
     o, shape, residual = arguments(__doc__, Train, Shape, Carry, presets=presets)
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset, dataset = checked(o, shape, device), opened(o.data)
     length = dataset.meta["length"] if dataset.response("train") is not None else shape.length
-    training.quick_attention(device, length)
+    checks.quick_attention(device, length)
     root = OUT / (o.name or dataset.name)
     stages = [s for s in STAGES if o.stage in (s, "all") and not (s == "base" and o.init_from)]
-    training.check_folder(root, [] if o.plan else stages, o)
+    checks.check_folder(root, [] if o.plan else stages, o)
     print(reason)
     print(f"data {dataset.name}: {dataset.meta['splits']['train']:,} train, canvas {length}, "
           f"vocabulary {dataset.meta['vocab_size']}; preset {o.preset}")  # fmt: skip
-    config = training.base_config(dataset, shape, preset["head_dim"], length)
-    training.check_tokens(dataset, o.init_from, o.reference if "target" in stages else "")
+    config = models.base_config(dataset, shape, preset["head_dim"], length)
+    checks.check_tokens(dataset, o.init_from, o.reference if "target" in stages else "")
     begin, peak = time.perf_counter(), matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share")
-    r = Run(o, shape, residual, dataset, config, root, length, device, dtype, peak * distributed.processes())
+    r = models.Run(o, shape, residual, dataset, config, root, length, device, dtype, peak * distributed.processes())
     if o.plan:
-        return training.print_plan(r)
-    with training.claimed(root):
+        return models.print_plan(r)
+    with checks.claimed(root):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():
                 print(f"{stage}: already there, {root / stage}")
             else:
                 train_stage(stage, r)
         if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
-            training.final_table(r)
+            models.final_table(r)
     # A text has more blocks than 8, and a chat model has no examples.
     show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"
     minutes, last = (time.perf_counter() - begin) / 60, root / stages[-1]
@@ -296,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(distributed.together(main, go_on=training.command(resume=True)))
+    run(distributed.together(main, go_on=checks.command(resume=True)))

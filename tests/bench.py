@@ -39,16 +39,16 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from anywhere
 
+import costs
 import numpy as np
+import peers
 import torch
+from costs import gpt_shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import costs
-import peers
 import zoo
-from costs import gpt_shape
 from rcd import Config, Sampler, Transformer, denoise, diffusion_loss, reference_context
 from zoo.decoding import Carry
 from zoo.files import write_atomic

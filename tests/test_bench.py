@@ -6,15 +6,15 @@ And that its rows run.
 import json
 import sys
 
+import bench
+import costs
 import numpy as np
+import peers
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import costs
-import peers
 import rcd
 
 HAND = rcd.Config(vocab_size=10, mask_id=9, n_layer=3, n_head=4, n_kv_head=2, head_dim=6, d_model=8, d_ff=5,

@@ -31,7 +31,7 @@ from data.sudoku import prepare
 from rcd import Residual, Sampler
 from zoo.files import load
 from zoo.tokenizer import bytes_tokenizer
-from zoo.tools import budget, command, distributed, training
+from zoo.tools import budget, checks, command, distributed, models, training
 from zoo.tools.evaluate import Setting, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,16 +183,16 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
     assert run(2, stops_at(2, *options, "--name=2", "--shard=full")) == [130, 130]
     for name in ("1", "3", "cut"):
         shutil.copytree("out/2", f"out/{name}")
-    state = Path("out/2/target") / training.SHARDS
-    assert [*training.states(Path("out/2/target"))] == [state] and len([*state.glob("*.safetensors")]) == 3
+    state = Path("out/2/target") / checks.SHARDS
+    assert [*checks.states(Path("out/2/target"))] == [state] and len([*state.glob("*.safetensors")]) == 3
     assert run(1, [*options, "--name=1", "--resume"]) == [0]
     assert run(3, [*options, "--name=3", "--resume", "--shard=full"]) == [0] * 3
     for name in ("1", "3"):
         many = tensors(Path(f"out/{name}/target"))
         for key, value in tensors(Path("out/one/target")).items():
             torch.testing.assert_close(many[key], value, atol=1e-5, rtol=0)
-        assert not training.states(Path(f"out/{name}/target"))
-    shard = next((Path("out/cut/target") / training.SHARDS).glob("shard*.safetensors"))
+        assert not checks.states(Path(f"out/{name}/target"))
+    shard = next((Path("out/cut/target") / checks.SHARDS).glob("shard*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert run(1, [*options, "--name=cut", "--resume"]) == [2]
 
@@ -209,7 +209,7 @@ def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tm
 
     def work() -> None:
         """Where it does not fit, it is sharded: auto."""
-        training.available = lambda device: 1 << 20
+        models.available = lambda device: 1 << 20
         sys.argv = ["train.py", *TINY, *SHORT, *options, "--name=two"]
         if distributed.rank() == 0:
             sys.stdout = open("told", "w", buffering=1)
@@ -249,12 +249,12 @@ def test_a_state_that_is_cut_anywhere_gives_way_to_the_one_before(one, monkeypat
     one("--name=whole")
     stopped(one, monkeypatch, signal.SIGINT, 2)  # saved at step 2, and again at step 3
     folder = Path("out/x/base")
-    state = (folder / training.STATE).read_bytes()
-    options = training.frozen({}, torch.float32)
+    state = (folder / checks.STATE).read_bytes()
+    options = checks.frozen({}, torch.float32)
     model = load("out/whole/base")
     header = 8 + int.from_bytes(state[:8], "little")
     for at in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(state) // 2, len(state) - 1):
-        (folder / training.STATE).write_bytes(state[:at])
+        (folder / checks.STATE).write_bytes(state[:at])
         found = training.State(model, train.Train(), [])
         capsys.readouterr()
         found.restore(folder, options)
@@ -263,14 +263,14 @@ def test_a_state_that_is_cut_anywhere_gives_way_to_the_one_before(one, monkeypat
     one("--resume")
     whole, cut = tensors(Path("out/whole/base")), tensors(folder)
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
-    assert [e["step"] for e in log_of(folder)] == [1, 2, 3, 4] and not training.states(folder)
+    assert [e["step"] for e in log_of(folder)] == [1, 2, 3, 4] and not checks.states(folder)
 
 
 def test_a_process_killed_between_two_renames_has_a_state(one, monkeypatch, capsys):
     stopped(one, monkeypatch, signal.SIGINT, 2)
     folder = Path("out/x/base")
-    (folder / training.STATE).unlink()
-    (folder / f"{training.STATE}.abc").write_text("half")  # which it was writing
+    (folder / checks.STATE).unlink()
+    (folder / f"{checks.STATE}.abc").write_text("half")  # which it was writing
     with pytest.raises(ValueError, match="already holds base"):
         one()
     one("--resume")
@@ -280,7 +280,7 @@ def test_a_process_killed_between_two_renames_has_a_state(one, monkeypatch, caps
 
 def test_no_state_that_is_whole(one, monkeypatch):
     stopped(one, monkeypatch, signal.SIGINT, 2)
-    for path in training.states(Path("out/x/base")):
+    for path in checks.states(Path("out/x/base")):
         path.write_bytes(path.read_bytes()[:99])
     with pytest.raises(ValueError, match="no state in out/x/base is whole: --overwrite starts"):
         one("--resume")
@@ -291,7 +291,7 @@ def test_a_run_folder_belongs_to_one_run(one, tmp_path):
     fork, ready = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Event()
 
     def hold() -> None:
-        with training.claimed(Path("out/x")):
+        with checks.claimed(Path("out/x")):
             ready.set()
             time.sleep(60)
 
@@ -328,7 +328,7 @@ def test_what_made_the_loss_infinite_is_kept(one, monkeypatch, recipe, data_sets
         one(*options)
     kept = load_file("out/x/target/not-finite.safetensors")
     assert torch.equal(kept["tokens"], read[3]) and kept["response"].dtype == torch.bool
-    (state,) = training.states(Path("out/x/target"))
+    (state,) = checks.states(Path("out/x/target"))
     with safe_open(state, "pt") as f:
         assert f.metadata()["step"] == "2"
 
@@ -350,7 +350,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stays(one, monkeypatch, caps
     """Files may not grow beyond 64 KB, a limit that the kernel keeps: less than a state."""
     stopped(one, monkeypatch, signal.SIGINT, 2)
     folder = Path("out/x/base")
-    before = {path.name: path.read_bytes() for path in training.states(folder)}
+    before = {path.name: path.read_bytes() for path in checks.states(folder)}
 
     def full() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
@@ -363,7 +363,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_stays(one, monkeypatch, caps
     *_, last = Path("told").read_text().splitlines()
     assert process.exitcode == 2 and re.match(r"error: cannot write to out/x: .*File too large", last)
     assert last.endswith("--resume") and not [*folder.glob("*.safetensors.*")]
-    assert before == {path.name: path.read_bytes() for path in training.states(folder)}
+    assert before == {path.name: path.read_bytes() for path in checks.states(folder)}
 
 
 def test_a_folder_that_cannot_be_made(one):
@@ -395,7 +395,7 @@ def test_a_scheduler_ends_all_processes_with_the_same_step_saved(data_sets, tmp_
     assert run(2, stops) == [130, 130]
     told = Path("told").read_text()
     assert told.count("base: stopped at step 3 of 50, saved; go on with: torchrun --nproc_per_node=2 tr") == 1
-    with safe_open(Path("out/x/base") / training.STATE, "pt") as f:
+    with safe_open(Path("out/x/base") / checks.STATE, "pt") as f:
         assert f.metadata()["step"] == "3"
 
 
@@ -407,7 +407,7 @@ def test_torchrun_ends_in_one_line_if_a_process_is_killed(data_sets, tmp_path, o
     line = [*torchrun, f"--master_port={free_port()}", ROOT / "train.py", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    lock, state = tmp_path / "out/x/.lock", tmp_path / "out/x/base" / training.STATE
+    lock, state = tmp_path / "out/x/.lock", tmp_path / "out/x/base" / checks.STATE
     end = time.monotonic() + 200
     while not state.exists() and time.monotonic() < end:
         time.sleep(0.02)

@@ -2,11 +2,11 @@
 
 import math
 
+import peers
 import pytest
 import torch
 import transformers
 
-import peers
 import rcd
 from rcd import Config, Transformer
 from zoo import speed

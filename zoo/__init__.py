@@ -54,8 +54,8 @@ def load(name: str | Path, device: "str | torch.device" = "cpu",
     Raises FileNotFoundError (no such model, a file is missing) or ValueError (damaged, unknown family,
     settings that we would compute wrongly), each in one line.
     """
-    from zoo.files import load as load_run
     from zoo import tokenizer
+    from zoo.files import load as load_run
 
     folder = find(name)
     values = read_json(folder / "config.json")

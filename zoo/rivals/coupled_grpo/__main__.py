@@ -25,7 +25,7 @@ from rcd import Sampler, check, denoise, earlier_context
 from zoo.decoding import Carry, carry_options
 from zoo.progress import progress
 from zoo.rivals.coupled_grpo import advantages, draws, grpo_loss, log_probability
-from zoo.tools import training
+from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
 
 
@@ -69,8 +69,8 @@ def main() -> None:
     check(dataset.check is not None, f"data set {dataset.name} has no right answers, so there is no reward")
     check(dataset.segments("train") is None, f"data set {dataset.name} is packed: prepare it without --pack")
     check(o.overwrite or not folder.exists(), f"{folder} is already there: --overwrite, or --name=NAME")
-    training.check_tokens(dataset, o.model, "")
-    training.quick_attention(device, dataset.meta["length"])
+    checks.check_tokens(dataset, o.model, "")
+    checks.quick_attention(device, dataset.meta["length"])
     print(reason)
 
     carry = loaded.defaults.get("carry", "residual" if stage == "target" else "none")

@@ -35,7 +35,7 @@ from zoo.files import read_json, write_atomic
 from zoo.progress import progress
 from zoo.rivals.fsdfm import RATES, TEACHERS, few_step_loss, path, path_loss, sample
 from zoo.rivals.fsdfm.dit import DiT, DiTConfig, init_weights, load, save, student_of
-from zoo.tools import training
+from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
 
 STAGES = ("dfm", "few")
@@ -102,14 +102,14 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
     folder, first = Path("out") / o.name / stage, torch.Generator().manual_seed(o.seed)
     if stage == "few":
         o = replace(o, steps=o.few_steps, lr=o.few_lr)
-        training.check_tokens(dataset, str(folder.parent / "dfm"), "")
+        checks.check_tokens(dataset, str(folder.parent / "dfm"), "")
         model = student_of(load(folder.parent / "dfm", device), first)
     else:
         o, size = replace(o, ema=0.0), {k: v for k, v in asdict(shape).items() if k != "length"}
         model = init_weights(DiT(DiTConfig(dataset.meta["vocab_size"], dataset.mask_id, **size)), first)
     model, batch = model.to(device), training.batches(dataset, "train", length)
     state, recent, mean = training.State(model, o, []), [], 0.0
-    frozen = training.frozen(asdict(o) | asdict(shape), dtype)
+    frozen = checks.frozen(asdict(o) | asdict(shape), dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.json").unlink(missing_ok=True)  # it marks the end of a stage
     if o.resume and (folder / "state.safetensors").is_file():
@@ -162,16 +162,16 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
 
 def train(argv: list[str]) -> None:
     o, shape = arguments(__doc__, Train, Shape, argv=argv)
-    training.check_choices(o, {"stage": (*STAGES, "all"), "teacher": TEACHERS, "rate": RATES,
+    checks.check_choices(o, {"stage": (*STAGES, "all"), "teacher": TEACHERS, "rate": RATES,
                                "schedule": ("cosine", "constant")})  # fmt: skip
     for name in ("steps", "few_steps", "batch_size", "save_every"):
         check(getattr(o, name) > 0, f"{name}={getattr(o, name)} must be at least 1")
     device, _, reason = pick_device(o.device, o.dtype)
     dataset, root = data.load(o.data), Path("out") / o.name
     length = dataset.meta["length"] or shape.length
-    training.quick_attention(device, length)
+    checks.quick_attention(device, length)
     stages = [s for s in STAGES if o.stage in (s, "all")]
-    training.check_folder(root, stages, o)
+    checks.check_folder(root, stages, o)
     print(f"{reason}\ndata {dataset.name}: canvas {length}, vocabulary {dataset.meta['vocab_size']}")
     for stage in stages:
         if o.resume and (root / stage / "train.json").is_file():
@@ -194,7 +194,7 @@ def judged(judge: Transformer, texts: Tensor) -> str:
 @torch.no_grad()
 def write(argv: list[str]) -> None:
     (o,) = arguments(__doc__, Sample, argv=argv)
-    training.check_choices(o, {"rate": RATES})
+    checks.check_choices(o, {"rate": RATES})
     budgets = [int(s) for s in o.steps.split(",") if s.strip().isdigit()]
     check(len(budgets) == o.steps.count(",") + 1, f"steps={o.steps!r} should be numbers like 1,8,64")
     check(o.count > 0, f"count={o.count} must be at least 1")
@@ -203,7 +203,7 @@ def write(argv: list[str]) -> None:
     model, tokens, meta = load(folder, device), tokenizer.load(folder), read_json(folder / "train.json")
     length, ids = meta["length"], tokens.encode(o.prompt)
     check(len(ids) < length, f"a prompt of {len(ids)} tokens leaves no room in a canvas of {length}")
-    training.quick_attention(device, length)
+    checks.quick_attention(device, length)
     canvas = torch.full((o.count, length), model.config.mask_id, device=device)
     canvas[:, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=device)
     if o.judge:

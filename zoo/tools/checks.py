@@ -1,0 +1,233 @@
+"""What train.py does with its options before a stage: defaults, refusals, the lock on a run folder.
+
+`o` and `shape` stand for the dataclasses Train and Shape of train.py: options by name.
+"""
+
+import errno
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+import zoo
+from zoo import tokenizer
+from zoo.decoding import RENAMED, carry_options
+from zoo.rivals import ABSENT, carries
+from zoo.rivals import RECIPES as RIVALS
+from zoo.tools import distributed
+
+# ---- Options
+
+# A resumed run may change these: where it runs and what it shows. All other options decide its weights.
+FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
+        "test_items", "options", "log", "plan", "shard"}  # fmt: skip
+
+
+def command(resume: bool = False) -> str:
+    """The command line of this run, to be typed again."""
+    typed = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
+    return shlex.join([*distributed.launcher(), "train.py", *typed, *(["--resume"] if resume else [])])
+
+
+def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
+    """The options that must be equal for a resumed run to give the same weights."""
+    return {k: str(v) for k, v in options.items() if k not in FREE} | {"dtype": str(dtype)}
+
+
+def options_of(name: str, *groups: type) -> dict:
+    """The options of an earlier run from its train.json, as defaults for the fields of these dataclasses.
+
+    name: a folder, a run or a model; "" = no options. A line on stderr names options which this version calls
+    otherwise, and those it does not have. Raises ValueError or OSError for what is no such file.
+    """
+    path = zoo.find(name) / "train.json" if name else None
+    stored = zoo.read_json(path).get("options") if name else {}
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it holds no options")
+    kinds = {f.name: type(f.default) for cls in groups for f in fields(cls)}
+    values, unknown = carry_options(stored), [k for k in carry_options(stored) if k not in kinds]
+    told = [f"{old} is now {new}" for old, new in RENAMED.items() if old in stored]
+    told += [f"no option of this version, left out: {k}={values[k]}" for k in unknown]
+    for line in told:
+        print(f"{path}: {line}", file=sys.stderr)
+    values = {k: v for k, v in values.items() if k not in (*unknown, "resume", "overwrite", "options")}
+    for k, v in values.items():
+        if type(v) is not kinds[k] and (type(v), kinds[k]) != (int, float):
+            raise ValueError(f"{path} is damaged: {k}={v!r} is no {kinds[k].__name__}")
+    return values
+
+
+# Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
+# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
+# point of accuracy where passes are many.
+RECIPES = {
+    "trajectory": {"weight": "fixed", "fixed": 0.5},
+    "paper": {"weight": "entropy"},
+    "earlier": {"weight": "fixed", "fixed": 0.5},
+    **RIVALS,
+}
+
+
+def implied(typed: dict, dataset) -> dict:
+    """Defaults that the typed options and the data.Dataset imply.
+
+    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
+    """
+    response = dataset.response("train")
+    short = response is not None and response[:1024].sum(1).mean() < 64
+    recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
+    absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
+    return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
+
+
+# The largest values of what is built or run one by one, and of shares. The memory estimate bounds the rest.
+LIMITS = {"n_layer": 1000, "buffer": 1000, "window": 1000, "batch_size": 1 << 20, "warmup": 1, "ema": 1}
+
+
+def fill_zeros(preset: dict, *groups: object) -> None:
+    """Set every field that is 0 to the preset's value. ValueError: a number below 0, or above its limit."""
+    for group in groups:
+        for f in fields(group):
+            if f.name in preset and not getattr(group, f.name):
+                setattr(group, f.name, preset[f.name])
+            value = getattr(group, f.name)
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise ValueError(f"{f.name}={value} must not be negative")
+            if f.name in LIMITS and value > LIMITS[f.name]:
+                raise ValueError(f"{f.name}={value} must be at most {LIMITS[f.name]:,}")
+
+
+def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
+    """Raises ValueError for an option that is none of its choices."""
+    for name, among in choices.items():
+        if getattr(o, name) not in among:
+            raise ValueError(f"{name}={getattr(o, name)!r}: choose from {', '.join(filter(None, among))}")
+
+
+def check_options(o, block_size: int) -> None:
+    """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
+    trajectory = o.recipe == "trajectory"
+    for wrong, says in (
+        (o.reference and o.recipe != "paper",
+         f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
+        (not 1 <= o.accumulate <= o.batch_size,
+         f"accumulate={o.accumulate} must lie between 1 and batch_size={o.batch_size}"),
+        (o.batch_size // max(1, o.accumulate) < distributed.environment("WORLD_SIZE"),
+         f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
+         f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
+        (not 0 <= o.absent < 1 or (o.absent and trajectory),
+         f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
+         "start without a residual"),
+        (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
+        (o.window > 1 and not trajectory, f"--window is read by --recipe=trajectory, not by {o.recipe}"),
+        (o.t_per == "block" and not (block_size or o.init_from),
+         "--t_per=block needs a block-causal model: --block_size=b"),
+        (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
+        (o.shard == "full" and distributed.processes() == 1,
+         "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
+        (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
+        (o.recipe in carries.LEARNED and (o.lora or o.shard == "full"),
+         f"recipe={o.recipe} has parameters of its own: it takes neither --lora nor --shard=full"),
+        (o.init_from and o.stage == "base",
+         "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),
+        (o.log and not find_spec(o.log),
+         f"--log={o.log} needs a package that is not here: pip install -e '.[{o.log}]'"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(says)
+
+
+def check_tokens(dataset, init_from: str, reference: str) -> None:
+    """Raises ValueError if the data set is not in the tokens of the models that are named ("" = none)."""
+    prepared = dataset.tokenizer.fingerprint
+    if init_from and tokenizer.load(zoo.find(init_from)).fingerprint != prepared:
+        remedy = f"prepare it again with --tokenizer={zoo.find(init_from)}"
+        raise ValueError(f"data set {dataset.name} is not in the tokens of {init_from}: {remedy}")
+    if reference and tokenizer.load(zoo.find(reference)).fingerprint != prepared:
+        raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {reference}")
+
+
+# The last state of a stage, and the one before it: a file, or a folder if the model is sharded.
+STATE, BEFORE, SHARDS, SHARDS_BEFORE = (
+    "state.safetensors", "state.before.safetensors", "state.shards", "state.before.shards",
+)  # fmt: skip
+
+
+def states(folder: Path) -> list[Path]:
+    """What a stage can be resumed from, the newest first."""
+    found = [folder / n for n in (STATE, SHARDS, BEFORE, SHARDS_BEFORE) if (folder / n).exists()]
+    return sorted(found, key=lambda path: ("before" in path.name, -path.stat().st_mtime))
+
+
+def check_folder(root: Path, stages: list[str], o) -> None:
+    """Raises ValueError for stages that are there already, unless they are to be resumed or overwritten."""
+    found = ", ".join(s for s in stages if (root / s / "train.json").exists() or states(root / s))
+    if found and not (o.resume or o.overwrite):
+        ways = "--resume goes on, --overwrite starts again, --name=NAME keeps both"
+        raise ValueError(f"{root} already holds {found}: {ways}")
+
+
+# What the system says if it will not write: no permission, a read-only file system, no room, no folder.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+           errno.EEXIST, errno.ENOTDIR)  # fmt: skip
+
+
+@contextmanager
+def claimed(root: Path):
+    """The run folder, for this run alone: root/.lock is locked, and names the process that holds it.
+
+    The system frees the lock of a process that has died. Raises ValueError if another one holds it, and
+    OSError, in one line, if something cannot be written there.
+    """
+    files = []
+
+    def lock() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        files.append(open(root / ".lock", "a+"))
+        try:
+            import fcntl  # not on Windows
+        except ImportError:
+            return
+        try:
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            files[0].seek(0)
+            holder = files[0].read().strip() or "another process"
+            raise ValueError(f"{root} is in use by {holder}; wait for it, or choose --name=NAME") from None
+        except OSError as error:
+            warning = f"{root} cannot be locked ({error.strerror}): let no second run write there"
+            print(f"WARNING: {warning}", file=sys.stderr)
+        files[0].truncate(0)
+        files[0].write(f"process {os.getpid()} on {platform.node()}: {command()}\n")
+        files[0].flush()
+
+    try:
+        distributed.once(lock)
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSED:
+            raise
+        kept = "what was saved before is still there; mend that, then go on with"
+        raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
+    finally:
+        for file in files:
+            file.close()
+
+
+def quick_attention(device: torch.device, length: int) -> None:
+    """For short canvases on a CPU: no fused attention, whose bfloat16 backward is slow there.
+
+    256 canvases of 36 tokens, 4 heads of 32, forward and backward, on two cores of an AMD EPYC, torch 2.13:
+    63 ms fused, 7 ms as two matmuls and a softmax.
+    """
+    if device.type == "cpu" and length <= 512:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
