@@ -278,7 +278,7 @@ def main() -> None:
     checks.check_tokens(dataset, o.init_from, o.reference if "target" in stages else "")
     begin, peak = time.perf_counter(), matmul_rate(device, dtype)
     print(f"matmuls run at {peak / 1e12:.3g} TFLOP/s here in {str(dtype)[6:]}; mfu is the model's share")
-    r = models.Run(o, shape, residual, dataset, config, root, length, device, dtype, peak * distributed.processes())
+    r = models.Run(o, shape, residual, dataset, config, root, length, device, dtype, peak)
     if o.plan:
         return models.print_plan(r)
     with checks.claimed(root):

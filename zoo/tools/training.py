@@ -250,7 +250,8 @@ class Log:
         """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of full utilisation.
         options: of the run; `log` names what is fed the same entries, see SINKS."""
         self.path, self.first, self.tokens_per_step = path, step, tokens_per_step
-        self.flops_per_token, self.peak, self.begin = flops_per_token, peak, time.perf_counter()
+        self.flops_per_token, self.begin = flops_per_token, time.perf_counter()
+        self.peak = peak * distributed.processes()
         self.total, self.count, self.shown = 0.0, 0, {}  # of the losses since the last entry; see write()
         lines = path.read_text().splitlines(True) if step and path.is_file() else []
         kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
