@@ -429,7 +429,7 @@ def test_shakespeare_in_subwords_is_the_text(tmp_path):
         dataset, cut = data.load(tmp_path / "out"), int(0.9 * len(text))
         assert [dataset.text(dataset.tokens(split)) for split in ("train", "val")] == [text[:cut], text[cut:]]
         assert dataset.meta["kind"] == "stream" and dataset.meta["splits"]["train"] < most
-        assert dataset.meta["vocab_size"] <= 1024 and dataset.tokens("train").max() < dataset.mask_id
+        assert dataset.meta["vocab_size"] <= 1026 and dataset.tokens("train").max() < dataset.mask_id
 
 
 def test_real_shakespeare(tmp_path):

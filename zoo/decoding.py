@@ -66,7 +66,6 @@ WEIGHTS |= {
     "1-confidence": lambda z, p, r: 1 - WEIGHTS["confidence"](z, p, r),
     "one": lambda z, p, r: z.new_ones(len(z)),
     "top-1": lambda z, p, r: z.new_ones(len(z)),  # and Delta = E[argmax]: see Carry
-    **rivals.CARRIES,  # these make Delta too: see Carry
 }
 
 
@@ -181,7 +180,8 @@ class Carry(Residual):
     residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
 
     def __post_init__(self):
-        super().__post_init__()
+        known = (*WEIGHTS, *rivals.CARRIES)
+        check(self.weight in known, f"weight={self.weight!r}: choose from {', '.join(known)}")
         check(0 < self.t_res < math.inf, f"t_res={self.t_res} must be above 0 and finite")
         check(0 <= self.fixed <= 1, f"fixed={self.fixed} must lie in [0, 1]")
         check(self.residual_top_k >= 0, f"residual_top_k={self.residual_top_k} must not be negative")

@@ -13,6 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.common import options, read_text, run, tokenizer_of, write_dataset
 from data.shakespeare_char.prepare import SOURCE
+from zoo.tools.command import whole
 
 check = None
 
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--source", default=SOURCE,
                         help="address or file of the text (any UTF-8 text of 1,000 characters or more)")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a folder with a hub tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=1024,
+    parser.add_argument("--vocab_size", type=whole(0), default=1024,
                         help="keep this many tokens of the BPE, in merge order; 0 = all")
     args = parser.parse_args(argv)
     text = read_text(args.source, "plain text")

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 from data.common import collect, options, run, sizes, write_dataset
 from data.latin.prepare import layout, relabelled  # noqa: F401 (load() looks for layout here)
 from zoo.tokenizer import CharTokenizer
+from zoo.tools.command import whole
 
 SOURCE = "generated"
 BOX = {6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
@@ -121,14 +122,15 @@ def check(filled: str, solution: str, given: str) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
-    parser.add_argument("--size", type=int, default=6, choices=BOX, help="cells per row")
-    parser.add_argument("--given", type=int, help="given cells (default: 9 of 36, 32 of 81; no boxes: more)")
+    parser.add_argument("--size", type=whole(), default=6, choices=BOX, help="cells per row")
+    usual = "given cells (default: 9 of 36, 32 of 81; without boxes 12 and 36)"
+    parser.add_argument("--given", type=whole(0), help=usual)
     parser.add_argument("--no_boxes", action="store_true", help="rows and columns are the only rules")
     sizes(parser, train=30_000)
     args = parser.parse_args(argv)
     n, boxes = args.size, not args.no_boxes
-    fewest, usual = GIVEN[n, boxes]
-    given = usual if args.given is None else args.given
+    fewest, default = GIVEN[n, boxes]
+    given = default if args.given is None else args.given
     if not fewest <= given < n * n:
         least = f"{fewest} (fewer are too rare to find)"
         raise ValueError(f"--given goes from {least} to {n * n - 1} for --size {n}")

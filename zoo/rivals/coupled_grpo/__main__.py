@@ -82,7 +82,7 @@ def main() -> None:
     done, rewarded = 0, []
 
     with training.Stop() as stop, progress(o.steps, "coupled-GRPO", "steps") as bar:
-        while done < o.steps and not stop.asked:
+        while done < o.steps and not stop.asked():
             host, noise = training.generators(o.seed, done, device=device)
             solutions, response, _ = batch(o.canvases, host)  # (P, T)
             solutions, response = (x.repeat_interleave(o.group, 0) for x in (solutions, response))  # (B, T)

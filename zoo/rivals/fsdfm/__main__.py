@@ -120,7 +120,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
         return functional_call(model, state.ema, (x, t, h))  # the moving average
 
     with training.Stop() as stop, progress(o.steps, stage, "steps", initial=state.step) as bar:
-        while state.step < o.steps and not stop.asked:
+        while state.step < o.steps and not stop.asked():
             for group in state.optimizer.param_groups:
                 group["lr"] = training.learning_rate(o, state.step, o.steps)
             host, noise = training.generators(o.seed, STAGES.index(stage), state.step, device=device)
