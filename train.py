@@ -235,16 +235,16 @@ def train_stage(stage: str, r: models.Run) -> None:
             bar.update()
             if state.step % max(1, steps // 100) and state.step < steps:
                 continue
-            entry = log.entry(state.step, rate)
-            if state.step % o.eval_every == 0 or state.step == steps:
+            entry, due = log.entry(state.step, rate), state.step % o.eval_every == 0 or state.step == steps
+            if due:
                 with log.paused():
                     given = (model, draw_val, context, device, dtype, length, rows[0])
-                    bound = parallel.read(functools.partial(validate, *given))
-                    entry |= {"val_loss": round(bound, 5)}
-                    if not sharded:
-                        entry |= accuracy(model, dataset, o.eval_items, sampler, dtype)
-                    state.save(folder, frozen)
+                    entry |= {"val_loss": round(parallel.read(functools.partial(validate, *given)), 5)}
+                    entry |= {} if sharded else accuracy(model, dataset, o.eval_items, sampler, dtype)
             bar.set_postfix(log.write(entry))
+            if due:  # after its entry: a run that is resumed drops entries newer than its state
+                with log.paused():
+                    state.save(folder, frozen)
 
     if state.step < steps:
         state.save(folder, frozen)

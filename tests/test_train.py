@@ -29,7 +29,7 @@ from zoo.experts import Experts
 from zoo.files import load
 from zoo.recipes import Trajectories, init_weights
 from zoo.tokenizer import Tokenizer, bytes_tokenizer
-from zoo.tools import budget, command, training
+from zoo.tools import budget, checks, command, models, training
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -260,7 +260,7 @@ def test_wandb_gets_each_entry_once(run, monkeypatch):
     """A resumed stage goes on in its run, also if that is ahead. A stage that starts anew gets another."""
     fake, options = FakeWandb(), ["--name=x", "--stage=base", "--log=wandb"]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
     stopped(run, monkeypatch, signal.SIGINT, 1, *options)
     (first,) = fake.runs
     assert first[0] == "x/base" and fake.configs[first[1]]["batch_size"] == 6
@@ -281,7 +281,7 @@ def test_wandb_gets_each_entry_once(run, monkeypatch):
 
 
 def test_a_log_without_its_package_is_one_line(run, monkeypatch):
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^--log=wandb needs .* pip install -e '.\[wandb\]'$"):
         run("--log=wandb")
     with pytest.raises(ValueError, match="^log='paper': choose from tensorboard, wandb$"):
@@ -715,7 +715,7 @@ def test_a_plan_by_hand(run, capsys):
 
 
 def test_a_run_that_will_not_fit_is_told_so_and_goes_on(run, capsys, monkeypatch):
-    monkeypatch.setattr(training, "available", lambda device: 1 << 10)
+    monkeypatch.setattr(models, "available", lambda device: 1 << 10)
     with pytest.raises(ValueError, match="is more than ten times the 0.0 MiB that are free: .* or --force"):
         run("--name=x", "--stage=base")
     capsys.readouterr()

@@ -61,7 +61,7 @@ class Filled(NamedTuple):
 
 def draws(s: Sampler) -> bool:
     """Whether a sampler draws anything at random."""
-    return s.temperature > 0 or s.rule == "random" or s.start == "dirichlet"
+    return s.temperature > 0 or s.rule in ("random", "policy") or s.start == "dirichlet"
 
 
 def by_length(lengths: list[int], size: int) -> list[list[int]]:
