@@ -729,7 +729,9 @@ def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, rec
 
 def policy(seed: int = 0, scale: float = 0.3) -> Policy:
     """A policy whose weights are drawn: not the soft threshold that a new one is."""
-    net, generator = Policy(), seeded(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of nn.Linear's own weights
+        net, generator = Policy(), seeded(seed)
     for p in (net.out.weight, net.modulation.weight):
         p.data.copy_(scale * torch.randn(p.shape, generator=generator))
     return net
