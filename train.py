@@ -223,7 +223,7 @@ def train_stage(stage: str, r: models.Run) -> None:
                 total += loss.detach()
             total = distributed.total(total)
             norm = distributed.clip(model, o.clip or math.inf)
-            if not math.isfinite(total + norm):
+            if not math.isfinite(total + norm):  # the one place in a step where the host waits
                 again, _ = generators(*seeds, device=device)
                 training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()

@@ -11,19 +11,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
-    LLADA,
-    LLADA2,
-    MASK,
-    SIZES,
-    full_head_llama,
-    glm,
-    llada2_tensors,
-    llada_tensors,
-    qwen3,  # fmt: skip
-    sdar,
-    write,
-)
+from tiny_checkpoints import (LLADA, LLADA2, MASK, SIZES, full_head_llama, glm, llada2_tensors, llada_tensors,
+                              qwen3, sdar, write)  # fmt: skip
 
 import zoo
 from zoo import checkpoint

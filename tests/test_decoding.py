@@ -15,40 +15,12 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sampler import (
-    BUDGETS,
-    CANVASES,
-    CHOICES,
-    CLOSE,
-    KINDS,
-    P,
-    algorithm_2,
-    choose,
-    decoding,
-    drain,
-    follows_a_budget,
-    follows_algorithm_2,
-    frequencies,
-    host_waits_once_a_step,
-    logits_of,
-    positions_are_written_once,
-    rows_are_independent,
-    same,
-    work_does_not_grow,  # fmt: skip
-)
-from tiny_checkpoints import (
-    LLADA,
-    LLADA2,
-    MASK,
-    SIZES,
-    full_head_llama,
-    glm,
-    llada2_tensors,
-    llada_tensors,
-    randomise,  # fmt: skip
-    their_logits,
-    write,
-)
+from test_sampler import (BUDGETS, CANVASES, CHOICES, CLOSE, KINDS, P, algorithm_2, choose, decoding, drain,
+                          follows_a_budget, follows_algorithm_2, frequencies, host_waits_once_a_step,
+                          logits_of, positions_are_written_once, rows_are_independent, same,
+                          work_does_not_grow)  # fmt: skip
+from tiny_checkpoints import (LLADA, LLADA2, MASK, SIZES, full_head_llama, glm, llada2_tensors, llada_tensors,
+                              randomise, their_logits, write)  # fmt: skip
 
 import rcd
 import zoo

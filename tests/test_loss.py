@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 
 import rcd
-from rcd import (
-    WEIGHTS,
-    Residual,
-    attention_mask,
-    denoiser_hidden,
-    diffusion_loss,
-    mask_tokens,
-    reference_context,  # fmt: skip
-    sample_t,
-    training_mask,
-)
+from rcd import (WEIGHTS, Residual, attention_mask, denoiser_hidden, diffusion_loss, mask_tokens,
+                 reference_context, sample_t, training_mask)  # fmt: skip
 from zoo import speed
 from zoo.decoding import Carry
 from zoo.recipes import document_positions

@@ -13,26 +13,9 @@ import torch
 from real_files import LLADA as REAL_LLADA
 from real_files import SDAR, needed
 from safetensors.torch import load_file
-from tiny_checkpoints import (
-    EOS,
-    FULL_HEADS,
-    LLADA,
-    MASK,
-    ROWS,
-    SIZES,
-    full_head_llama,
-    glm,
-    llada2,
-    llada_tensors,
-    llama,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    sdar,
-    their_logits,
-    unfused,
-    write,  # fmt: skip
-)
+from tiny_checkpoints import (EOS, FULL_HEADS, LLADA, MASK, ROWS, SIZES, full_head_llama, glm, llada2,
+                              llada_tensors, llama, qwen2, qwen3, qwen3_moe, sdar, their_logits, unfused,
+                              write)  # fmt: skip
 
 import rcd
 import zoo

@@ -12,20 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from rcd import (
-    RULES,
-    WEIGHTS,
-    Candidates,
-    Config,
-    Reader,
-    Residual,
-    Sampler,
-    Transformer,
-    by_rows,
-    check,
-    softmax,  # fmt: skip
-    tile,
-)
+from rcd import (RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, Transformer, by_rows, check,
+                 softmax, tile)  # fmt: skip
 from zoo import dream, fastdllm, llada, rivals, speed
 
 CACHES = {"exact": Reader, "prefix": fastdllm.PrefixCache, "dual": fastdllm.DualCache}

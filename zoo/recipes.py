@@ -11,22 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from rcd import (
-    RULES,
-    Candidates,
-    Config,
-    Context,
-    Noised,
-    Residual,
-    Sampler,
-    Transformer,
-    denoiser_hidden,
-    maskable,  # fmt: skip
-    mix,
-    predict,
-    sample_t,
-    token_losses,
-)
+from rcd import (RULES, Candidates, Config, Context, Noised, Residual, Sampler, Transformer, denoiser_hidden,
+                 maskable, mix, predict, sample_t, token_losses)  # fmt: skip
 
 
 def sometimes_absent(context: Context, probability: float) -> Context:

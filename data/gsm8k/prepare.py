@@ -28,16 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.answers import response
-from data.common import (
-    Documents,
-    Encoder,
-    document_options,
-    options,
-    read_text,
-    run,
-    split_of,
-    write_dataset,  # fmt: skip
-)
+from data.common import (Documents, Encoder, document_options, options, read_text, run, split_of,
+                         write_dataset)  # fmt: skip
 from zoo.progress import progress
 
 SOURCE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"

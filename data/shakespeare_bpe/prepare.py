@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import options, read_text, run, tokenizer_of, write_dataset
-from data.shakespeare_char.prepare import SOURCE
+from data.common import options, run, tokenizer_of, write_dataset
+from data.shakespeare_char.prepare import SOURCE, text_of
 from zoo.tools.command import whole
 
 check = None
@@ -26,10 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--vocab_size", type=whole(0), default=1024,
                         help="keep this many tokens of the BPE, in merge order; 0 = all")
     args = parser.parse_args(argv)
-    text = read_text(args.source, "plain text")
-    if len(text) < 1000:
-        few = f"{len(text)} characters are too few; expected a text of 1,000 or more"
-        raise ValueError(f"{args.source}: {few}")
+    text = text_of(args.source)
     size = 0 if args.tokenizer == "bytes" else args.vocab_size
     tokenizer, mask_id, _ = tokenizer_of(args.tokenizer, size)
     cut = int(0.9 * len(text))

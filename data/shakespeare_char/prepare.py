@@ -21,15 +21,21 @@ SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysh
 check = None
 
 
+def text_of(source: str) -> str:
+    """The text at an address or in a file. Raises ValueError for fewer than 1,000 characters."""
+    text = read_text(source, "plain text")
+    if len(text) < 1000:
+        few = f"{len(text)} characters are too few; expected a text of 1,000 or more"
+        raise ValueError(f"{source}: {few}")
+    return text
+
+
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--source", default=SOURCE,
                         help="address or file of the text (any UTF-8 text of 1,000 characters or more)")
     args = parser.parse_args(argv)
-    text = read_text(args.source, "plain text")
-    if len(text) < 1000:
-        few = f"{len(text)} characters are too few; expected a text of 1,000 or more"
-        raise ValueError(f"{args.source}: {few}")
+    text = text_of(args.source)
     tokenizer = CharTokenizer(sorted(set(text)), ["<mask>"])
     tokens = np.array(tokenizer.encode(text))
     train, val = np.split(tokens, [int(0.9 * len(tokens))])

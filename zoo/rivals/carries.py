@@ -14,20 +14,8 @@ makes of it, in place of the loop's residual. So a Decoding needs no option for 
 import torch
 from torch import Tensor, nn
 
-from rcd import (
-    CHUNK,
-    Context,
-    Noised,
-    Reader,
-    Residual,
-    Sampler,
-    Transformer,
-    by_rows,
-    check,
-    denoiser_hidden,  # fmt: skip
-    mask_tokens,
-    residual_of,
-)
+from rcd import (CHUNK, Context, Noised, Reader, Residual, Sampler, Transformer, by_rows, check,
+                 denoiser_hidden, mask_tokens, residual_of)  # fmt: skip
 from zoo.rivals.gemma import SelfConditioning
 from zoo.rivals.loopholing import Loopholing, Relay
 from zoo.rivals.rules import Notes

@@ -247,7 +247,7 @@ class Log:
 
     def __init__(self, path: Path, step: int, tokens_per_step: int, flops_per_token: float, peak: float,
                  options: dict):  # fmt: skip
-        """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of full utilisation.
+        """step: where a resumed stage goes on; entries up to there stay. peak: FLOP/s of a process.
         options: of the run; `log` names what is fed the same entries, see SINKS."""
         self.path, self.first, self.tokens_per_step = path, step, tokens_per_step
         self.flops_per_token, self.begin = flops_per_token, time.perf_counter()
