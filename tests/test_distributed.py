@@ -1,6 +1,8 @@
 """train.py as several processes on one machine (gloo): the same weights, and runs that nothing destroys."""
 
 import dataclasses
+import faulthandler
+import functools
 import json
 import math
 import multiprocessing
@@ -58,7 +60,9 @@ def free_port() -> int:
 
 
 def child(number: int, n: int, ports: list[int], jobs: list) -> None:
-    """A process as torchrun starts it. A job is a function, or options of train.py."""
+    """A process as torchrun starts it. A job is a function, or options of train.py. One that hangs says
+    where."""
+    faulthandler.dump_traceback_later(300, exit=True)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(n),
                    "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
     # What takes long and decides no weight.
@@ -74,8 +78,14 @@ def child(number: int, n: int, ports: list[int], jobs: list) -> None:
 
 
 def run(n: int, *jobs: list[str] | Callable[[], None]) -> list[int]:
-    """The exit codes of n processes that do the jobs one after the other."""
-    ports, fork = [free_port() for _ in jobs], multiprocessing.get_context("fork")
+    """The exit codes of n processes that do the jobs one after the other.
+
+    They are forked from a process that has imported much and done nothing: what earlier tests left here, such
+    as threads, could hold a lock that is never given back in a fork.
+    """
+    ports, fork = [free_port() for _ in jobs], multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp",
+                                 "torch.distributed.checkpoint"])  # fmt: skip
     started = [fork.Process(target=child, args=(i, n, ports, jobs)) for i in range(n)]
     for process in started:
         process.start()
@@ -134,19 +144,21 @@ def test_several_processes_take_the_steps_of_one(runs, recipe, way):
         assert of[0] == pytest.approx(of[1], abs=2e-5), key
 
 
-def test_evaluation_is_shared_and_complete(data_sets, tmp_path, monkeypatch):
-    """7 canvases in batches of 2 or less: each process fills some, both know all the results."""
-    monkeypatch.chdir(tmp_path)
-    dataset = data.load(data_sets / "sudoku")
+def seven(folder: Path) -> None:
+    """A job: evaluate seven canvases, and write the rows to a file named by processes and rank."""
+    dataset = data.load(folder)
     model = tiny_model(vocab_size=7, mask_id=6)
     dataset = dataclasses.replace(dataset, check=lambda filled, truth, given: filled[1] < truth[1])
     settings = [Setting("x", model, None, Sampler(steps=k), Residual()) for k in (1, 3)]
+    rows = evaluate(settings, dataset, "test", 7, 4, torch.float32)
+    Path(f"{distributed.processes()}.{distributed.rank()}").write_text(
+        json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]))  # fmt: skip
 
-    def work() -> None:
-        rows = evaluate(settings, dataset, "test", 7, 4, torch.float32)
-        Path(f"{distributed.processes()}.{distributed.rank()}").write_text(
-            json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]))  # fmt: skip
 
+def test_evaluation_is_shared_and_complete(data_sets, tmp_path, monkeypatch):
+    """7 canvases in batches of 2 or less: each process fills some, both know all the results."""
+    monkeypatch.chdir(tmp_path)
+    work = functools.partial(seven, data_sets / "sudoku")
     work()
     assert run(2, work) == [0, 0]
     one = Path("1.0").read_text()
@@ -157,21 +169,19 @@ def test_evaluation_is_shared_and_complete(data_sets, tmp_path, monkeypatch):
 # ---- A model in shards
 
 
-def stops_at(step: int, *options: str) -> Callable[[], None]:
-    """A job: train.py, to which SIGTERM comes in this step."""
+def stops(times: int, steps: list[int], *options: str) -> None:
+    """A job: train.py, to which SIGTERM comes so many times in a step: which, each process is told."""
+    inner = train.learning_rate
 
-    def work() -> None:
-        inner = train.learning_rate
+    def rate(o, at, whole):
+        for _ in range(times if at == steps[distributed.rank()] else 0):
+            signal.raise_signal(signal.SIGTERM)
+        return inner(o, at, whole)
 
-        def rate(o, at, steps):
-            if at == step:
-                signal.raise_signal(signal.SIGTERM)
-            return inner(o, at, steps)
-
-        train.learning_rate, sys.argv = rate, ["train.py", *TINY, *SHORT, *options]
-        train.main()
-
-    return work
+    train.learning_rate, sys.argv = rate, ["train.py", *TINY, *SHORT, *options]
+    if distributed.rank() == 0:
+        sys.stderr = open("told", "w", buffering=1)
+    train.main()
 
 
 def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypatch):
@@ -180,7 +190,7 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
     assert run(1, [*options, "--name=whole"]) == [0]
     options += ["--stage=target", "--init_from=out/whole/base"]
     assert run(1, [*options, "--name=one"]) == [0]
-    assert run(2, stops_at(2, *options, "--name=2", "--shard=full")) == [130, 130]
+    assert run(2, functools.partial(stops, 1, [2, 2], *options, "--name=2", "--shard=full")) == [130, 130]
     for name in ("1", "3", "cut"):
         shutil.copytree("out/2", f"out/{name}")
     state = Path("out/2/target") / checks.SHARDS
@@ -197,6 +207,15 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
     assert run(1, [*options, "--name=cut", "--resume"]) == [2]
 
 
+def too_large(options: list[str]) -> None:
+    """A job: train.py on a machine where a model does not fit into a process."""
+    models.available = lambda device: 1 << 20
+    sys.argv = ["train.py", *TINY, *SHORT, *options]
+    if distributed.rank() == 0:
+        sys.stdout = open("told", "w", buffering=1)
+    train.main()
+
+
 def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tmp_path, monkeypatch):
     """Target and reference are read shard by shard, the reference in the bfloat16 that it is stored in."""
     monkeypatch.chdir(tmp_path)
@@ -206,16 +225,7 @@ def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tm
         bytes_tokenizer(["<eos>", "<mask>"]).save(folder)
     options = [f"--data={data_sets}/packed", "--init_from=model", "--reference=small", "--stage=target"]
     assert run(1, [*options, "--name=one"]) == [0]
-
-    def work() -> None:
-        """Where it does not fit, it is sharded: auto."""
-        models.available = lambda device: 1 << 20
-        sys.argv = ["train.py", *TINY, *SHORT, *options, "--name=two"]
-        if distributed.rank() == 0:
-            sys.stdout = open("told", "w", buffering=1)
-        train.main()
-
-    assert run(2, work) == [0, 0]
+    assert run(2, functools.partial(too_large, [*options, "--name=two"])) == [0, 0]
     why = r"^2 processes, shard full \(a process would need .* of 0.5 MiB\)$"
     assert re.search(why, Path("told").read_text(), re.M)
     one, two = (tensors(Path(f"out/{name}/target")) for name in ("one", "two"))
@@ -376,23 +386,8 @@ def test_a_scheduler_ends_all_processes_with_the_same_step_saved(data_sets, tmp_
     """SIGTERM comes to each at a moment of its own; to the second a second time, as torchrun sends it."""
     monkeypatch.chdir(tmp_path)
 
-    def stops() -> None:
-        inner = train.learning_rate
-
-        def rate(o, step, steps):
-            if step == 2 + 3 * distributed.rank():
-                signal.raise_signal(signal.SIGTERM)
-                signal.raise_signal(signal.SIGTERM)
-            return inner(o, step, steps)
-
-        train.learning_rate = rate
-        typed = [f"--data={data_sets}/sudoku", *TINY, "--eval_items=0", "--test_items=0"]
-        sys.argv = ["train.py", *typed, "--base_steps=50", "--stage=base", "--name=x"]
-        if distributed.rank() == 0:
-            sys.stderr = open("told", "w", buffering=1)
-        train.main()
-
-    assert run(2, stops) == [130, 130]
+    options = [f"--data={data_sets}/sudoku", "--base_steps=50", "--stage=base", "--name=x"]
+    assert run(2, functools.partial(stops, 2, [2, 5], *options)) == [130, 130]
     told = Path("told").read_text()
     assert told.count("base: stopped at step 3 of 50, saved; go on with: torchrun --nproc_per_node=2 tr") == 1
     with safe_open(Path("out/x/base") / checks.STATE, "pt") as f:
