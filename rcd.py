@@ -339,13 +339,13 @@ def check_reference(model: Transformer, reference: Transformer) -> None:
     check(own == other, f"the reference has another vocabulary: (vocab_size, mask_id) is {other}, not {own}")
 
 def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None = None,
-                   positions: Tensor | None = None, *, context: Context | None = None,
+                   positions: Tensor | None = None, *, context: Context | None = None, bound: bool = True,
                    t: Tensor | None = None, generator: Generator | None = None, draws: tuple = ()) -> Tensor:
     """E_t (1/t) sum over masked of -log p(x_0 | x_t), in nats per response token: a bound on -log p(x_0).
 
     tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), and
     draws, the noise and uniform of Noised: drawn if not given. context None: plain masked training (base,
-    reference, SeqD). Divided by the response tokens; by the masks it would be no bound. Raises ValueError.
+    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by response tokens. Raises ValueError.
     """
     response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
     response = maskable(model.config, response, positions)
@@ -360,7 +360,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
         e = mix(e, cells, alpha, delta, model.embedding[model.config.mask_id])
     hidden = model.predicting(denoiser_hidden(model, e, tokens, positions), cells)  # (N, D)
     (nll,) = token_losses(model, hidden, tokens[cells])  # (N,)
-    return (1 / t.expand_as(tokens)[cells] * nll).sum() / response.sum()  # each mask weighs 1/t
+    return ((1 / t.expand_as(tokens)[cells] if bound else 1) * nll).sum() / response.sum()
 
 def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Callable = lambda logits: ()):
     """-log p(target) (N,) of hidden (N, D), targets (N,), and what also(logits (n, V)) gives. One chunk of

@@ -80,6 +80,7 @@ class Train:
     # bfloat16 where the processor has it
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
+    weighting: str = "1/t"  # of a masked token after the base: 1/t (the bound) | 1 (all masks weigh alike)
     shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
     # auto (full if it does not fit)
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
@@ -123,10 +124,9 @@ PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
 def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
-    checks.check_choices(o, {
-        "preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES, "schedule": ("cosine", "constant"),
-        "t_per": ("document", "block"), "shard": ("auto", "none", "full"), "log": ("", *training.SINKS),
-    })  # fmt: skip
+    checks.check_choices(o, {"preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES,
+        "schedule": ("cosine", "constant"), "t_per": ("document", "block"), "weighting": ("1/t", "1"),
+        "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
     checks.fill_zeros(PRESETS[o.preset], o, shape)
     checks.check_options(o, shape.block_size)
     return PRESETS[o.preset]
@@ -136,7 +136,7 @@ def train_stage(stage: str, r: models.Run) -> None:
     """Train a stage to its end, in out/<name>/<stage>. Raises KeyboardInterrupt after Ctrl-C, all saved."""
     o, dataset, length, device, dtype = r.o, r.dataset, r.length, r.device, r.dtype
     folder, steps = r.root / stage, o.base_steps if stage == "base" else o.steps
-    recipe = o.recipe if stage == "target" else "masked"
+    recipe, bound = o.recipe if stage == "target" else "masked", stage == "base" or o.weighting == "1/t"
 
     # The model to train, and the frozen reference of Algorithm 1.
     named = models.reference_of(recipe, r) if stage != "base" else ""
@@ -163,7 +163,7 @@ def train_stage(stage: str, r: models.Run) -> None:
         context = rivals.carries.context_of(recipe, r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
         packed = dataset.segments("train") is not None
-        trajectories = [SharedTrajectories(model.config, n, length, device, packed, o.window)
+        trajectories = [SharedTrajectories(model.config, n, length, device, packed, o.window, bound)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip
     if context and o.absent:
         context = sometimes_absent(context, o.absent)
@@ -193,7 +193,7 @@ def train_stage(stage: str, r: models.Run) -> None:
             with autocast(device, dtype):
                 t = draw_t(tokens, positions, o.t_per, model.config.block_size, noise)
                 mine, drawn = distributed.own(tokens, response, positions, t, noise)
-                part = functools.partial(diffusion_loss, model, *mine, context=context, **drawn)
+                part = functools.partial(diffusion_loss, model, *mine, context=context, bound=bound, **drawn)
                 loss = parallel.loss(part, last=i == some[-1])
             count = int(counts[i][distributed.share(rows[i])].sum())
             yield loss * (count / whole)  # each token counts alike

@@ -283,6 +283,20 @@ def test_loss_and_gradients_equal_the_literal_computation(tiny, kind, carry):
             torch.testing.assert_close(grads[name], p.grad, atol=2e-4, rtol=1e-3, msg=f"gradient of {name}")
 
 
+def test_without_1_over_t_every_masked_token_weighs_alike(tiny):
+    """By single rows and single masks: what each adds is -log p of its token, and no t."""
+    model, tokens, t = tiny(), random_tokens(4, 6, seed=3), torch.tensor([[0.2], [0.5], [0.7], [1.0]])
+    noise, uniform = torch.rand(4, 6, generator=seeded(5)), torch.zeros(4, 2)
+    loss = diffusion_loss(model, tokens, t=t, draws=(noise, uniform), bound=False)
+    total = 0.0
+    for ids, row, level in zip(tokens, noise, t):
+        masked = row < level
+        x = model.embed_tokens(torch.where(masked, MASK, ids))[None]
+        logits = model.logits(model(x, torch.arange(6)[None])[0])
+        total += sum(-logits[i].log_softmax(-1)[ids[i]].item() for i in masked.nonzero()[:, 0])
+    assert loss.item() == pytest.approx(total / tokens.numel(), rel=1e-5)
+
+
 def test_t_is_drawn_stratified_when_it_is_not_given(tiny):
     model, tokens, seen = tiny(), random_tokens(6, 5), []
 

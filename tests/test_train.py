@@ -189,6 +189,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, monkeypatch, p
         assert meta_of(whole)["val_loss"] == meta_of(cut)["val_loss"]
 
 
+def test_weighting_reaches_both_stages_and_not_the_base(run):
+    for name, weighting in (("a", "1/t"), ("b", "1")):
+        run(f"--name={name}", f"--weighting={weighting}", "--buffer=1")
+    assert [same(Path("out/a") / s, Path("out/b") / s) for s in train.STAGES] == [True, False, False]
+    assert meta_of(Path("out/b/target"))["options"]["weighting"] == "1"
+
+
 def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypatch):
     run("--name=whole", "--stage=base")
     inner, calls = train.diffusion_loss, []
@@ -444,8 +451,8 @@ def positions_of(segments: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["", "packed"])
-@pytest.mark.parametrize("block_size", [0, 4])
-def test_trajectories_against_a_literal_transcription(block_size, segments):
+@pytest.mark.parametrize("block_size, bound", [(0, True), (4, True), (4, False)])
+def test_trajectories_against_a_literal_transcription(block_size, bound, segments):
     T, B = 8, 3
     c = Config(**SMALL | dict(n_layer=2, n_head=2, block_size=block_size))
     model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
@@ -462,7 +469,7 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
             response[i, d[0]] = False
     if segments is not None:
         response &= segments > 0
-    trajectories = Trajectories(c, B, T, packed=segments is not None)
+    trajectories = Trajectories(c, B, T, packed=segments is not None, bound=bound)
     asked, positions = [], positions_of(segments)
 
     def fresh(n: int):
@@ -487,6 +494,7 @@ def test_trajectories_against_a_literal_transcription(block_size, segments):
                 for j in d:
                     if masked[i, j]:
                         level = masked[i, d].sum() / response[i, d].sum()  # how noisy this document still is
+                        level = level if bound else 1.0
                         expected = expected - logits[i, j].log_softmax(-1)[tokens[i, j]] / level
         assert loss.item() == pytest.approx(float(expected / response.sum()), rel=1e-4)
         loss.backward()
@@ -769,6 +777,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--init_from=nothing-here"], "no model 'nothing-here'"),
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
+    (["--weighting=t"], "weighting='t': choose from 1/t, 1"),
     (["--t_per=token"], "t_per='token': choose from document, block"),
     (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
     (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after

@@ -38,12 +38,13 @@ class Trajectories:
     blocks side by side; the documents of a packed row are canvases side by side.
 
     window: so many steps of each trajectory make one training step, and the gradient flows back through Delta
-    within it; 1 = not at all.
+    within it; 1 = not at all. bound: a masked token weighs 1/t, so that each state of a canvas has the same
+    weight; else all masked tokens have.
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
-                 packed: bool = False, window: int = 1):  # fmt: skip
-        self.window = window
+                 packed: bool = False, window: int = 1, bound: bool = True):  # fmt: skip
+        self.window, self.bound = window, bound
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -57,7 +58,7 @@ class Trajectories:
             self.state["positions"] = torch.zeros(rows, length, dtype=torch.long, device=device)
 
     def loss(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
-        """A window of every trajectory, in nats per token; each state has the same weight."""
+        """A window of every trajectory, in nats per token."""
         loss = sum(self.step(model, fresh, residual, generator) for _ in range(self.window)) / self.window
         self.state["delta"] = self.state["delta"].detach()
         return loss
@@ -113,7 +114,7 @@ class Trajectories:
         targets, hidden = s["tokens"][cells], model.predicting(hidden, cells)  # (N,), (N, D)
         nll, alpha, delta, confidence = token_losses(model, hidden, targets, carry)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) noise level of each document
-        loss = (nll / t[document[cells]]).sum() / self.size()
+        loss = (nll / t[document[cells]] if self.bound else nll).sum() / self.size()
 
         for name, value in (("alpha", alpha), ("delta", delta)):
             s[name] = s[name].index_put(cells, value.to(s[name].dtype))

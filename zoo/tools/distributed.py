@@ -166,9 +166,9 @@ class SharedTrajectories(Trajectories):
     process 0 first, as one process would draw them."""
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
-                 packed: bool = False, window: int = 1):  # fmt: skip
+                 packed: bool = False, window: int = 1, bound: bool = True):  # fmt: skip
         self.rows, self.mine = rows, share(rows)
-        super().__init__(config, self.mine.stop - self.mine.start, length, device, packed, window)
+        super().__init__(config, self.mine.stop - self.mine.start, length, device, packed, window, bound)
 
     def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
         if processes() == 1:

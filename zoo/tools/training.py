@@ -217,7 +217,8 @@ class State:
             raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
         if "before" in path.name:
             print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
-        saved = {"lora": "0"} | {RENAMED.get(k, k): v for k, v in saved.items()}  # earlier versions had none
+        earlier = {"lora": "0", "weighting": "1/t"}  # of versions that had no such options
+        saved = earlier | {RENAMED.get(k, k): v for k, v in saved.items()}
         changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
         if changed:
             remedy = "give the same ones, or --overwrite"
