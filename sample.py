@@ -16,7 +16,8 @@ random, lines of like length share a batch; else only the --num_samples of a lin
 so that what a line gets does not depend on the others.
 
 --eval prints accuracy against forward passes instead: on the test split of a data set, or on a file with a
-puzzle per line (the canvas with "_" for the cells to fill, white space, its solution).
+puzzle per line (the canvas with "_" for the cells to fill, white space, its solution). It takes step budgets
+and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule.
 
 A default in [brackets] gives way to what the model recommends. --steps implies --rule=static, --threshold
 implies --rule=threshold, --entropy_bound implies --rule=entropy-bounded.

@@ -690,14 +690,27 @@ def test_runs_of_earlier_versions_load(settings_of, capsys):
     assert line.startswith("error: rule='entropy': choose from ") and "entropy-bounded" in line
 
 
-@pytest.mark.parametrize("rule, on_a_budget", [
-    ("static", "static"), ("margin", "margin"), ("threshold", "static"), ("entropy-bounded", "static"),
+@pytest.mark.parametrize("rule, on_a_budget, free, field", [
+    ("static", "static", "threshold", "threshold"), ("margin", "margin", "threshold", "threshold"),
+    ("threshold", "static", "threshold", "threshold"), ("r2", "static", "r2", "threshold"),
+    ("entropy-bounded", "static", "entropy-bounded", "entropy_bound"),
+    ("factor", "static", "factor", "factor"),
 ])  # fmt: skip
-def test_a_sweep_over_budgets_keeps_a_rule_that_has_one(tiny, rule, on_a_budget):
+def test_a_sweep_over_budgets_and_over_the_rule(tiny, rule, on_a_budget, free, field):
     settings = evaluate.sweep(None, tiny(), None, Decoding(rule=rule), Carry(), 8, [1, 2], [0.5])
     assert [(s.sampler.rule, s.sampler.steps) for s in settings] == [
-        (on_a_budget, 1), (on_a_budget, 2), ("threshold", 0),
+        (on_a_budget, 1), (on_a_budget, 2), (free, 0),
     ]  # fmt: skip
+    assert getattr(settings[-1].sampler, field) == 0.5
+
+
+def test_a_table_of_another_rule_names_its_values(cli, monkeypatch):
+    """The shipped model: the smaller the factor, the more passes."""
+    monkeypatch.chdir(ROOT)
+    code, out, _ = cli("--model=sudoku/target", "--eval=sudoku", "--limit=4", "--rule=factor")
+    rows = re.findall(r"SeqD +\| factor ([\d.]+) +\|.*?\| +([\d.]+) \|", out)
+    assert code == 0 and [value for value, _ in rows] == ["2", "1", "0.5", "0.2", "0.05"]
+    assert float(rows[0][1]) < float(rows[-1][1])
 
 
 @pytest.mark.parametrize("script, groups", [

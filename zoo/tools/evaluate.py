@@ -20,6 +20,17 @@ from zoo.tools import distributed
 from zoo.tools.command import autocast
 
 
+# Commit rules that keep no step budget: the field that says how careful they are, and values of it for a table.
+THRESHOLDS = "threshold", (0.3, 0.5, 0.7, 0.85, 0.95)
+CAREFUL = "threshold", (0.5, 0.7, 0.85, 0.95, 0.99)
+SWEPT = {
+    "threshold": THRESHOLDS, "klass": CAREFUL, "r2": CAREFUL, "r2-spatial": CAREFUL, "r2-temporal": CAREFUL,
+    "wino": CAREFUL, "factor": ("factor", (2.0, 1.0, 0.5, 0.2, 0.05)),
+    "entropy-bounded": ("entropy_bound", (3.0, 1.0, 0.3, 0.1, 0.03)),
+    "policy": ("policy_speed", (0.5, 1.0, 2.0, 4.0, 8.0)),
+}  # fmt: skip
+
+
 class Setting(NamedTuple):
     """One row of an evaluation."""
 
@@ -89,7 +100,7 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
             correct, nfe = distributed.total(correct).bool().tolist(), distributed.total(nfe).tolist()
             rows.append({
                 "label": label, "rule": sampler.rule,
-                "value": sampler.threshold if sampler.rule == "threshold" else sampler.steps,
+                "value": getattr(sampler, SWEPT[sampler.rule][0]) if sampler.rule in SWEPT else sampler.steps,
                 "accuracy": sum(correct) / len(correct), "nfe": sum(nfe) / len(nfe),
                 "tokens_per_step": int(response.sum()) / sum(nfe), "correct": correct,
                 "seconds": time.perf_counter() - begin,
@@ -102,7 +113,7 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
           thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
     """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm.
 
-    Each over step budgets and over thresholds. Default budgets: 1, 2, 4, and those that fill 8, 5, 3, 2 or 1
+    Each over step budgets and over thresholds, or over the values in SWEPT of the rule. Default budgets: 1, 2, 4, and those that fill 8, 5, 3, 2 or 1
     of the `tokens` of a canvas per step. None is below `blocks`, the most blocks that a canvas can have
     (default: what fits into the longest canvas), since each block takes a step.
     """
@@ -111,11 +122,10 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
         least, most = blocks or (-(-target.config.max_len // block) if block else 1), math.ceil(tokens)
         wanted = (1, 2, 4, *(math.ceil(tokens / n) for n in (8, 5, 3, 2, 1)))
         steps = sorted({max(least, min(k, most)) for k in wanted})
-    unbudgeted = ("threshold", "entropy-bounded")
-    rule = "static" if sampler.rule in unbudgeted else sampler.rule
-    samplers = [replace(sampler, rule=rule, steps=k, sub_block=0) for k in steps]  # budgets: whole blocks
-    thresholds = thresholds or [0.3, 0.5, 0.7, 0.85, 0.95]
-    samplers += [replace(sampler, rule="threshold", threshold=t, steps=0) for t in thresholds]
+    budgeted, swept = ("static", sampler.rule) if sampler.rule in SWEPT else (sampler.rule, "threshold")
+    field, values = SWEPT[swept]
+    samplers = [replace(sampler, rule=budgeted, steps=k, sub_block=0) for k in steps]  # budgets: whole blocks
+    samplers += [replace(sampler, rule=swept, steps=0, **{field: v}) for v in thresholds or values]
     settings = []
     if seqd is not None:
         settings = [Setting("SeqD", seqd, None, replace(s, carry="none"), residual) for s in samplers]
@@ -136,7 +146,7 @@ def table(rows: list[dict]) -> str:
     cells = [("model", "rule", "accuracy (95 % interval)", "NFE", "tokens per step")]
     for r in rows:
         budget = f"{r['rule']}, {r['value']} step{'s' * (r['value'] != 1)}"
-        rule = f"threshold {r['value']:g}" if r["rule"] == "threshold" else budget
+        rule = f"{r['rule']} {r['value']:g}" if r["rule"] in SWEPT else budget
         accuracy = "{:6.1%} ({:.1%} to {:.1%})".format(r["accuracy"], *interval(r["correct"]))
         cells.append((r["label"], rule, accuracy, f"{r['nfe']:.2f}", f"{r['tokens_per_step']:.2f}"))
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -163,6 +173,8 @@ def plot(rows: list[dict], path: str | Path, title: str) -> None:
         color = f"C{labels.index(label)}"
         axes.errorbar(x, y, error, color=color, capsize=2, label=f"{label}, {rule}", **style)
     axes.set(title=title, xlabel="forward passes per canvas (NFE)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(ylabel="accuracy in %, with 95 % bootstrap interval")
     axes.grid(alpha=0.3)
     axes.legend()
