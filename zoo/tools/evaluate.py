@@ -20,7 +20,7 @@ from zoo.tools import distributed
 from zoo.tools.command import autocast
 
 
-# Commit rules that keep no step budget: the field that says how careful they are, and values of it for a table.
+# Commit rules that keep no step budget: the field that says how careful they are, and its values in a table.
 THRESHOLDS = "threshold", (0.3, 0.5, 0.7, 0.85, 0.95)
 CAREFUL = "threshold", (0.5, 0.7, 0.85, 0.95, 0.99)
 SWEPT = {
@@ -113,9 +113,9 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
           thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
     """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm.
 
-    Each over step budgets and over thresholds, or over the values in SWEPT of the rule. Default budgets: 1, 2, 4, and those that fill 8, 5, 3, 2 or 1
-    of the `tokens` of a canvas per step. None is below `blocks`, the most blocks that a canvas can have
-    (default: what fits into the longest canvas), since each block takes a step.
+    Each over step budgets and over thresholds, or over the rule's values in SWEPT. Default budgets: 1, 2, 4, and
+    those that fill 8, 5, 3, 2 or 1 of the `tokens` of a canvas per step. None is below `blocks`, the most
+    blocks that a canvas can have (default: what fits into the longest canvas), since each block takes a step.
     """
     if not steps:
         block = sampler.block_size or target.config.block_size
