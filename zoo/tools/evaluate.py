@@ -113,8 +113,8 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
           thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
     """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm.
 
-    Each over step budgets and over thresholds, or over the rule's values in SWEPT. Default budgets: 1, 2, 4, and
-    those that fill 8, 5, 3, 2 or 1 of the `tokens` of a canvas per step. None is below `blocks`, the most
+    Each over step budgets and over thresholds, or over the rule's values in SWEPT. Default budgets: 1, 2, 4,
+    and those that fill 8, 5, 3, 2 or 1 of the `tokens` of a canvas per step. None is below `blocks`, the most
     blocks that a canvas can have (default: what fits into the longest canvas), since each block takes a step.
     """
     if not steps:
