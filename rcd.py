@@ -42,7 +42,7 @@ def tile(logits: Tensor) -> int:
     return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
 
 def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) of x (n, D or V). A CPU keeps a kernel for each n it has met: rounding up keeps them few."""
+    """product(x) of x (n, D or V), n rounded up to 64s: a CPU stores a kernel for every n it meets."""
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
     return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
 
@@ -96,8 +96,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 class KVCache:
-    """Keys and values by position, exact for block-causal attention. A forward writes what it reads:
-    the open block at every step, and once more, free of masks, when the next block begins. Before a forward
+    """Keys and values by position. Exact: a finished block sees no later one, so its keys are final.
+    The open block is written at every step, and once more, free of masks, with the next. Before a forward
     the Reader sets rows (n,), positions (n, W) to write, and stop: attention sees the keys at [0, stop)."""
     def __init__(self, c: Config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
         shape = (c.n_layer, rows, length + 1, c.n_kv_head, c.head_dim)  # position -1 takes what is padding
@@ -271,7 +271,7 @@ class Residual:
     """The carry of RCD: logits -> alpha and Delta, which the next step mixes into its masked inputs."""
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed
     fixed: float = 0.3  # alpha of weight=fixed
-    t_res: float = 1.0  # residual temperature: alpha is of softmax(logits / T_res). Algorithm 1 has 1
+    t_res: float = 1.0  # residual temperature, of alpha alone: Delta is untempered. Algorithm 1 has 1
     def __post_init__(self):
         check(self.weight in WEIGHTS, f"weight={self.weight!r}: choose from {', '.join(WEIGHTS)}")
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -305,9 +305,9 @@ class Noised(NamedTuple):
     noise: Tensor  # (B, T) uniform draws behind the mask
     x: Tensor  # (B, T) ids with masks
     cells: tuple[Tensor, Tensor]  # the N masked cells
-    uniform: Tensor  # (B, 2) draws: how much earlier, and (zoo/recipes.py) whether a residual is absent
+    uniform: Tensor  # (B, 2) draws: how much earlier; whether a residual is absent (zoo/recipes.py)
 
-# Where stage 2 gets its residual: alpha (N,) and Delta (N, D) at the masked cells.
+# Where stage 2 gets its residual from: alpha (N,) and Delta (N, D) at the masked cells.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
 
 def reference_context(reference: Transformer, residual: Residual) -> Context:
@@ -345,7 +345,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
 
     tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), and
     draws, the noise and uniform of Noised: drawn if not given. context None: plain masked training (base,
-    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by response tokens. Raises ValueError.
+    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by all response tokens. ValueError.
     """
     response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
     response = maskable(model.config, response, positions)
@@ -384,7 +384,7 @@ class Candidates(NamedTuple):
     quota: Tensor  # (B,) cells each row must commit now: its masks / its steps left, rounded up
     logits: Tensor | None  # (N, V)
     generator: Generator | None
-    read: "Reader | None" = None  # what read them; a rule that looks back keeps its notes there (zoo/rivals)
+    read: "Reader | None" = None  # the reader; a rule with a memory stores it there (zoo/rivals)
     def rank(self, score: Tensor) -> Tensor:
         """score (N,) -> rank (N,): 0 for the best cell of each row, 1 for the second, ..."""
         order = score.argsort(descending=True, stable=True)
@@ -415,7 +415,7 @@ class Sampler:
     threshold: float = 0.85  # rule=threshold: commit every confidence above it, and at least the quota
     block_size: int = 0  # decode block by block; 0 = the model's own block, or the whole canvas
     carry: str = "residual"  # residual (RCD) | none (SeqD, the control: nothing is carried)
-    start: str = "cold"  # first residual of a block: cold (none) | warm (the reference's: one more pass)
+    start: str = "cold"  # before a block: cold | warm (one pass of the reference) | self: zoo/decoding.py
     temperature: float = 0.0  # of the draw; 0 = argmax. Confidence is always that of the untempered p
     starts = ("cold", "warm")  # no annotation: not a field
     def __post_init__(self):
@@ -429,7 +429,7 @@ class Sampler:
         """The readers of the passes before a block's first commit. Each leaves a residual to the next."""
         return [Reader(reference, read.tokens, read.lengths, read.b)] if self.start == "warm" else []
     def turns(self, at: Tensor, b: int, c: Config) -> tuple[Tensor, int]:
-        """at (B, T): offset from the first block -> turn (B, T), turns per block: 1; sub-blocks have more."""
+        """at (B, T), offset from the first block -> turn (B, T); turns per block (1; sub-blocks: more)."""
         return at // b, 1
     def draw(self, z: Tensor, generator: Generator | None) -> Tensor:
         """Tokens (n,) drawn from softmax(z / temperature), z (n, V): argmax p / Exp(1) is such a draw."""
@@ -451,19 +451,19 @@ class Reader:
     passes = 1  # forward passes of a call
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, cached: bool = False):
         self.model, self.tokens, self.lengths, self.b, c = model, tokens, lengths, b, model.config
-        self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the block read last; -1 = none
+        self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the last block; -1: read all
         cached, head = cached or c.block_size > 0, model.head
         self.cache = KVCache(c, *tokens.shape, head.device, head.dtype) if cached else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions [oldest, stop), (n,) each, that rows (n,) read now: all, or with a cache this block;
-        at its first step also the block before, whose stored keys are of masks. Call once a forward."""
+        """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, and at
+        its first step the block before, to replace the keys of its masks. Sets last_begin: once a forward."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
         self.last_begin[rows] = begin  # its keys hold masks until the next block's first forward
         return oldest, end
     def frame(self, begin: Tensor, end: Tensor, cells: Tensor):
-        """Rows (n,) with cells; index (N,), the place of each cell's row in them; oldest, stop (n,); W; S."""
+        """-> rows (n,) with cells; index (N,), where in rows each cell lies; oldest, stop (n,); W; S."""
         rows, index = cells[:, 0].unique(return_inverse=True)  # rows that are done are not read
         oldest, stop = self.window(rows, begin[rows], end[rows])
         keys = int(stop.max()) if self.model.config.block_size else self.tokens.shape[1]
@@ -538,7 +538,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
     lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
-    for m in (model, reference) if s.carry == "residual" and s.start == "warm" else (model,):
+    for m in (model, reference)[: 1 + (s.carry == "residual" and s.start == "warm")]:
         check(m is not None, "start=warm needs the reference model: give it, or choose start=cold")
         check(shape[1] <= m.config.max_len, f"the canvas is longer than max_len={m.config.max_len}")
         check_reference(model, m)

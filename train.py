@@ -1,9 +1,9 @@
 """Convert a masked-diffusion language model to Residual Context Diffusion (RCD), in three stages:
 
     base       the plain masked loss, from scratch. --init_from=MODEL takes the place of this stage.
-    reference  stage 1: the plain masked loss again, from the base. The result is also SeqD, the control: what
-               as many training tokens buy without a residual.
-    target     stage 2: from the base once more, on as many tokens. Now the model reads a residual (--recipe).
+    reference  stage 1: the plain masked loss again, from the base. Also SeqD, the control without a residual.
+    target     stage 2: from the base again, on as many tokens. It reads a residual: --recipe says whose. The
+               default is not Algorithm 1's (--recipe=paper) but that of the model's own last step.
 
 Then a table: accuracy against forward passes, SeqD beside RCD. Each stage is a folder out/NAME/STAGE/ of
 safetensors and JSON. Ctrl-C saves. --resume goes on to the same weights, bit by bit: step i draws its batch,

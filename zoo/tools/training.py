@@ -356,7 +356,8 @@ def not_finite(folder: Path, o, step: int, loss: Tensor, batch: Batch,
 
 def validate(model: Transformer, draw: Draw, context: Context | None, device: torch.device,
              dtype: torch.dtype, length: int, rows: int) -> float:  # fmt: skip
-    """The 1/t-weighted bound in nats per response token, always on the same canvases, noise levels and masks.
+    """The 1/t-weighted bound in nats per response token, on fixed canvases, noise levels and masks. Without a
+    context the model reads no residual: so it is on trajectories.
 
     1,024 canvases, fewer if they are long. A forward takes `rows` of them, or 16,384 tokens if that is more.
     Several processes share the four draws.
