@@ -81,8 +81,8 @@ class Train:
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
     weighting: str = "1/t"  # of a masked token after the base: 1/t (the bound) | 1 (all masks weigh alike)
-    shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
-    # auto (full if it does not fit)
+    shard: str = "auto"  # with torchrun, a process holds: none (all) | full (a part) | auto (part if need be)
+    offload: bool = False  # with --shard=full: that part, with its gradients and moments, is on the host
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
     lora: int = 0  # train matrices of this rank beside frozen ones, and merge them at the end; 0 = train all
     base_steps: int = 0  # optimiser steps of the base

@@ -27,7 +27,7 @@ from zoo.tools import distributed
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
-        "test_items", "options", "log", "plan", "shard"}  # fmt: skip
+        "test_items", "options", "log", "plan", "shard", "offload"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
@@ -132,6 +132,8 @@ def check_options(o, block_size: int) -> None:
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
         (o.shard == "full" and distributed.processes() == 1,
          "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
+        (o.offload and o.shard != "full",
+         "--offload keeps each process's part of a model on the host: it goes with --shard=full"),
         (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
         (o.recipe in carries.LEARNED and (o.lora or o.shard == "full"),
          f"recipe={o.recipe} has parameters of its own: it takes neither --lora nor --shard=full"),
