@@ -100,7 +100,7 @@ RECIPES = {  # stage 1 or 2 from the same base, on one data set or the other
     "paper": ["packed", "--reference=packed/base", "--t_per=block", "--accumulate=2", "--ema=0.5"],
     "earlier": ["sudoku", "--recipe=earlier"],
     "trajectory": ["sudoku", "--recipe=trajectory", "--buffer=2", "--window=2", "--accumulate=2", "--remat"],
-    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--steps=8"],
+    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--steps=8", "--adam=bfloat16"],
 }
 
 
@@ -226,7 +226,8 @@ def on_the_host(steps: list[int], *options: str) -> None:
 def test_shards_that_wait_on_the_host(data_sets, tmp_path, monkeypatch):
     """The gradient is clipped, the weights are averaged, and a run is resumed: the steps of one process."""
     monkeypatch.chdir(tmp_path)
-    options = [f"--data={data_sets}/sudoku", "--recipe=earlier", "--clip=0.1", "--ema=0.5", "--base_steps=1"]
+    options = [f"--data={data_sets}/sudoku", "--recipe=earlier", "--clip=0.1", "--ema=0.5", "--base_steps=1",
+               "--adam=bfloat16"]  # fmt: skip
     assert run(1, [*options, "--name=one"]) == [0]
     options += ["--stage=target", "--init_from=out/one/base", "--name=two", "--shard=full", "--offload"]
     jobs = [functools.partial(on_the_host, at, *options) for at in ([2, 2], [9, 9])]

@@ -87,6 +87,8 @@ def test_memory_of_shards_by_hand(monkeypatch):
     quarter = (2 * layer + rest) // 4
     assert (need["weights"], need["AdamW"], need["average"]) == (4 * quarter, 8 * quarter, 4 * quarter)
     assert need["reference"] == 20 and need["gathered"] == 2 * (2 * layer + rest) + 4 * (layer + rest)
+    half = budget.memory(model, 3, False, **usual, moments=torch.bfloat16)
+    assert half["AdamW"] == 4 * quarter and half["weights"] == 4 * quarter
     away = budget.memory(model, 3, False, **usual, reference=80, ema=True, offload=True)
     assert away["gathered"] == need["gathered"] + 4 * quarter and away["reference"] == 20
     assert not (away["weights"] or away["AdamW"] or away["average"] or away["gradients"])

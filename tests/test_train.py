@@ -167,7 +167,7 @@ def stopped(run, monkeypatch, sent: int, at: int, *options: str) -> None:
 @pytest.mark.parametrize("at, options", [
     ((0, 2), []),
     ((2,), ["--recipe=paper", "--ema=0.9"]),
-    ((0, 2), ["--accumulate=2", "--ema=0.5"]),
+    ((0, 2), ["--accumulate=2", "--ema=0.5", "--adam=bfloat16"]),
     ((2,), ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]),
     ((2,), ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
 ])  # fmt: skip
@@ -773,6 +773,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--data=nowhere"], "no data set 'nowhere'"),
     (["--device=warp"], "device='warp' is not available here"),
     (["--dtype=float16"], "dtype=float16 would need loss scaling"),
+    (["--adam=float16"], "adam='float16': choose from float32, bfloat16"),
     (["--offload"], "--offload keeps each process's part of a model on the host: it goes with --shard=full"),
     (["--dtype=int4"], "dtype='int4': choose from"),
     (["--lr=-1"], "lr=-1.0 must not be negative"),

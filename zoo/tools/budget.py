@@ -65,7 +65,7 @@ def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, devi
 def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_size: int, device: torch.device,
            dtype: torch.dtype, packed: bool = False, ema: bool = False, reference: int = 0, buffer: int = 0,
            window: int = 1, shards: int = 1, adapters: int = 0,
-           offload: bool = False) -> dict[str, int]:  # fmt: skip
+           offload: bool = False, moments: torch.dtype = torch.float32) -> dict[str, int]:  # fmt: skip
     """Bytes that a training step needs at the moment when it needs most, by what needs them.
 
     model may be on the meta device; rows of the batch_size canvases go through it at once. reference: bytes
@@ -74,9 +74,9 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     them; each gathers two layers, and what is in no layer, in dtype, and adds up gradients in float32.
     offload: what a process holds of these is on the host, and not counted: its rows of what is gathered are.
 
-    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. With adapters (LoRA, so many
-    numbers) only theirs are, and the weights stay in dtype. To what is there all the
-    time the larger of two peaks is added. At the start of the backward pass all layers keep their
+    Weights and gradients are float32, AdamW's two moments of the dtype `moments`: 16 or 12 bytes a parameter.
+    With adapters (LoRA, so many numbers) only theirs are, and the weights stay in dtype. To what is there all
+    the time the larger of two peaks is added. At the start of the backward pass all layers keep their
     activations, autocast keeps its copies of the matrices, and the logits of one chunk exist three times:
     they, their softmax, its gradient. The gradient of the head's table is there too, and under --accumulate
     all other gradients. At the end of the backward pass there are all gradients, and what one layer keeps.
@@ -96,7 +96,7 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     copied = dtype != torch.float32 and shards == 1 and not adapters
     always = {
         "weights": 4 * own + dtype.itemsize * parameters * (adapters > 0),
-        "AdamW": 8 * own,
+        "AdamW": 2 * moments.itemsize * own,
         "average": 4 * own * ema,
         "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest + brought)) * (shards > 1),
         "reference": -(-reference // shards),

@@ -84,6 +84,7 @@ def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int
             dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0, reference=stored,
             buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
             adapters=lora.parameters(model, rank) if stage != "base" else 0, offload=offload,
+            moments=getattr(torch, o.adam),
         )  # fmt: skip
 
     return need
