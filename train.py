@@ -76,13 +76,13 @@ class Train:
     force: bool = False  # go on even if the memory estimate is more than ten times what is free
     seed: int = 1337  # same seed, same machine: same weights to the bit
     device: str = ""  # cuda | mps | cpu; default: the best one found
-    dtype: str = ""  # bfloat16 | float32, of matmuls (weights, gradients and AdamW stay float32); default:
-    # bfloat16 where the processor has it
+    dtype: str = ""  # bfloat16 | float32, of matmuls; default: bfloat16 where the processor has it
+    adam: str = "float32"  # of AdamW's two moments: float32 | bfloat16, half the memory; weights are float32
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
     weighting: str = "1/t"  # of a masked token after the base: 1/t (the bound) | 1 (all masks weigh alike)
-    shard: str = "auto"  # with torchrun: none (each process holds the model) | full (each a part of it) |
-    # auto (full if it does not fit)
+    shard: str = "auto"  # with torchrun, a process holds: none (all) | full (a part) | auto (part if need be)
+    offload: bool = False  # with --shard=full: that part, with its gradients and moments, is on the host
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
     lora: int = 0  # train matrices of this rank beside frozen ones, and merge them at the end; 0 = train all
     base_steps: int = 0  # optimiser steps of the base
@@ -202,7 +202,7 @@ def train_stage(stage: str, r: models.Run) -> None:
     once(lambda: training.open_folder(folder, dataset.tokenizer))
     meta = models.record(stage, recipe, r, origin)
     frozen = checks.frozen(meta["options"], dtype)
-    state = State(model, o, trajectories)
+    state = State(model, o, trajectories, moments=getattr(torch, o.adam))
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)

@@ -12,6 +12,7 @@ blocks: --block=b pads every document with the end token, as response, to a mult
 a block's boundary.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import shlex
@@ -27,7 +28,7 @@ from tiktoken_ext import openai_public
 from data import FORMAT, SPLITS, load
 from zoo import read_json
 from zoo import tokenizer as tokenizers
-from zoo.files import write_atomic
+from zoo.files import locked, write_atomic
 from zoo.progress import progress
 from zoo.templates import TEMPLATES, encode_answers
 from zoo.tokenizer import ORIGINALS, Tokenizer
@@ -57,6 +58,22 @@ def sizes(parser: argparse.ArgumentParser, train: int, val: int = 1000, test: in
 def run(main: Callable[[list[str]], None], interrupted: str = "the data set is not prepared") -> None:
     """Entry point of a prepare.py: main(the command line), and a user's mistake is one line on stderr."""
     command.run(lambda: main(sys.argv[1:]), interrupted=f"interrupted: {interrupted}")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """The folder of --out, for this preparation alone. Raises ValueError if another one writes there.
+
+    No trace is left of it, nor of a new folder if nothing came to be in it."""
+    new = not folder.exists()
+    with locked(folder, shlex.join(["python", *sys.argv]), "choose another --out"):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                (folder / ".lock").unlink()
+                if new:
+                    folder.rmdir()
 
 
 def read_text(source: str, what: str) -> str:

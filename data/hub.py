@@ -18,7 +18,8 @@ import numpy as np
 
 from data import SPLITS
 from data.answers import boxed
-from data.common import Documents, Encoder, document_options, options, split_of, write_dataset
+from data.common import (Documents, Encoder, claimed, document_options, options, split_of,
+                         write_dataset)  # fmt: skip
 from data.store import Encoded, Store, chunked, in_order
 from zoo.progress import download_bars, progress
 from zoo.tools.command import number, whole
@@ -207,7 +208,7 @@ def write_training_set(args: argparse.Namespace, argv: list[str], name: str, rep
     decide |= {"data": name, "tokens": encoder.tokenizer.fingerprint, "files": stamps}
     most, workers = args.samples or math.inf, args.workers or os.cpu_count() or 1
     work = functools.partial(encoded, encoder, args.instruction, args.held)
-    with Store(args.out, decide, encoder.dtype) as store:
+    with claimed(args.out), Store(args.out, decide, encoder.dtype) as store:
         rows = chunked(pairs(files, store.rows), CHUNK)
         with contextlib.closing(in_order(work, rows, workers)) as chunks:
             for chunk in chunks:
@@ -253,9 +254,10 @@ def write_benchmark(args: argparse.Namespace, argv: list[str], name: str, repo: 
         dropped = f"{documents.dropped['test']} problems do not fit into --length {encoder.length}"
         raise ValueError(f"{dropped}: the longest needs {longest}")
     licence = licence if args.source is None else "as its source"
-    write_dataset(args.out, name, encoder.tokenizer, documents.splits(), mask_id=encoder.mask_id,
-                  eos_id=encoder.end_id, argv=argv, source=source_name(args, repo), licence=licence,
-                  wanted=("test",), facts={"tokenizer_name": args.tokenizer, **documents.facts()})
+    with claimed(args.out):
+        write_dataset(args.out, name, encoder.tokenizer, documents.splits(), mask_id=encoder.mask_id,
+                      eos_id=encoder.end_id, argv=argv, source=source_name(args, repo), licence=licence,
+                      wanted=("test",), facts={"tokenizer_name": args.tokenizer, **documents.facts()})
 
 
 def with_instruction(problem: str, instruction: str) -> str:

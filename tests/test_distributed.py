@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp as fsdp
 from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -99,7 +100,7 @@ RECIPES = {  # stage 1 or 2 from the same base, on one data set or the other
     "paper": ["packed", "--reference=packed/base", "--t_per=block", "--accumulate=2", "--ema=0.5"],
     "earlier": ["sudoku", "--recipe=earlier"],
     "trajectory": ["sudoku", "--recipe=trajectory", "--buffer=2", "--window=2", "--accumulate=2", "--remat"],
-    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--steps=8"],
+    "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--steps=8", "--adam=bfloat16"],
 }
 
 
@@ -205,6 +206,37 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
     shard = next((Path("out/cut/target") / checks.SHARDS).glob("shard*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert run(1, [*options, "--name=cut", "--resume"]) == [2]
+
+
+def on_the_host(steps: list[int], *options: str) -> None:
+    """A job: stops(), and FSDP2 is told to keep every part of the model on the host, and nothing else."""
+    inner, told = fsdp.fully_shard, []
+
+    def shard(part, *, offload_policy, **named):
+        told.append(offload_policy)
+        return inner(part, offload_policy=offload_policy, **named)
+
+    fsdp.fully_shard = shard
+    try:
+        stops(1, steps, *options)
+    finally:
+        assert told == [fsdp.CPUOffloadPolicy(pin_memory=False)] * 2  # the layer, and what is in none
+
+
+def test_shards_that_wait_on_the_host(data_sets, tmp_path, monkeypatch):
+    """The gradient is clipped, the weights are averaged, and a run is resumed: the steps of one process."""
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data={data_sets}/sudoku", "--recipe=earlier", "--clip=0.1", "--ema=0.5", "--base_steps=1",
+               "--adam=bfloat16"]  # fmt: skip
+    assert run(1, [*options, "--name=one"]) == [0]
+    options += ["--stage=target", "--init_from=out/one/base", "--name=two", "--shard=full", "--offload"]
+    jobs = [functools.partial(on_the_host, at, *options) for at in ([2, 2], [9, 9])]
+    jobs[1] = functools.partial(jobs[1], "--resume")
+    assert run(2, jobs[0]) == [130, 130] and checks.states(Path("out/two/target"))
+    assert run(2, jobs[1]) == [0, 0]
+    two = tensors(Path("out/two/target"))
+    for key, value in tensors(Path("out/one/target")).items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0)
 
 
 def too_large(options: list[str]) -> None:

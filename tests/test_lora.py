@@ -80,10 +80,15 @@ def test_memory_of_shards_by_hand(monkeypatch):
     monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 0)
     with torch.device("meta"):
         model = Transformer(Config(n_layer=2, qk_norm=False))
-    need = budget.memory(model, 3, False, length=5, batch_size=3, device=torch.device("cpu"),
-                         dtype=torch.bfloat16, shards=4, reference=80, ema=True)  # fmt: skip
+    usual = dict(length=5, batch_size=3, device=torch.device("cpu"), dtype=torch.bfloat16, shards=4)
+    need = budget.memory(model, 3, False, **usual, reference=80, ema=True)
     layer = 4 * 128 * 128 + 3 * 128 * 344 + 2 * 128
     rest = 64 * 128 + 128
     quarter = (2 * layer + rest) // 4
     assert (need["weights"], need["AdamW"], need["average"]) == (4 * quarter, 8 * quarter, 4 * quarter)
     assert need["reference"] == 20 and need["gathered"] == 2 * (2 * layer + rest) + 4 * (layer + rest)
+    half = budget.memory(model, 3, False, **usual, moments=torch.bfloat16)
+    assert half["AdamW"] == 4 * quarter and half["weights"] == 4 * quarter
+    away = budget.memory(model, 3, False, **usual, reference=80, ema=True, offload=True)
+    assert away["gathered"] == need["gathered"] + 4 * quarter and away["reference"] == 20
+    assert not (away["weights"] or away["AdamW"] or away["average"] or away["gradients"])

@@ -2,6 +2,8 @@
 import itertools
 import json
 import os
+import signal
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from data import SPLITS, common, hub, store
 from data import load as load_data
 from data.openmathinstruct2 import prepare as openmath
+from data.sums import prepare as sums
 
 
 def write_rows(path: Path, count: int, filler: int = 0) -> Path:
@@ -223,3 +226,39 @@ def test_a_document_is_what_was_added(tmp_path):
     assert found == [("test", [70_000], 0), ("train", [7, 8, 9], 1)]
     wanted = {"rows": 4, "documents": 2, "tokens": 4, "unusable": 1, "train": 0, "val": 1, "test": 0}
     assert documents.count == wanted and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("work", ["training set", "digits"])
+def test_a_folder_belongs_to_one_preparation(work, tmp_path, monkeypatch):
+    """Another process holds it, in the middle of its work; and is killed, so that it tidies nothing up."""
+    source, (ready, told) = write_rows(tmp_path / "in.jsonl", 60), os.pipe()
+
+    def begin(out: Path) -> None:
+        if work == "digits":
+            sums.main([f"--out={out}", "--train=8", "--val=4", "--test=4"])
+        else:
+            prepare(source, out)
+
+    def wait(*_) -> None:
+        os.write(told, b"!")
+        signal.pause()
+
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out=out"])
+    child = os.fork()
+    if not child:
+        try:
+            common.write_array = wait
+            begin(tmp_path / "out")
+        finally:
+            os._exit(1)
+    assert os.read(ready, 1)
+    words = rf"out is in use by process {child} on .*: python prepare.py --out=out; wait for it, or choose a"
+    with pytest.raises(ValueError, match=words):
+        begin(tmp_path / "out")
+    begin(tmp_path / "other")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    begin(tmp_path / "out")
+    made = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("other", "out")]
+    commands = [json.loads(files.pop("meta.json"))["command"] for files in made]
+    assert made[0] == made[1] and ".lock" not in made[0] and commands[0] != commands[1]

@@ -167,7 +167,7 @@ def stopped(run, monkeypatch, sent: int, at: int, *options: str) -> None:
 @pytest.mark.parametrize("at, options", [
     ((0, 2), []),
     ((2,), ["--recipe=paper", "--ema=0.9"]),
-    ((0, 2), ["--accumulate=2", "--ema=0.5"]),
+    ((0, 2), ["--accumulate=2", "--ema=0.5", "--adam=bfloat16"]),
     ((2,), ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]),
     ((2,), ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
 ])  # fmt: skip
@@ -702,8 +702,8 @@ def test_advice_when_memory_is_short(capsys):
 def test_a_plan_by_hand(run, capsys):
     """A card of 10 GiB, of which 9 are counted, 4 canvases in one process."""
 
-    def need(rows: int, remat: bool, shards: int, rank: int) -> dict[str, int]:
-        weights = (8 if rank == 0 else 4) // shards
+    def need(rows: int, remat: bool, shards: int, rank: int, offload: bool) -> dict[str, int]:
+        weights = 1 if offload else (8 if rank == 0 else 4) // shards
         return {"weights": weights << 30, "activations": rows * (1 if remat else 2) << 30}
 
     assert budget.cards("10:2") == (2, 9 << 30) and budget.cards("H100")[0] == 1
@@ -712,6 +712,8 @@ def test_a_plan_by_hand(run, capsys):
         "  fits         9.00 GiB  --shard=none --remat --accumulate=4",
         "  fits         8.00 GiB  --shard=full --accumulate=2",
         "  fits         8.00 GiB  --shard=full --remat",
+        "  fits         9.00 GiB  --shard=full --offload",
+        "  fits         5.00 GiB  --shard=full --offload --remat",
         "  fits         8.00 GiB  --shard=none --lora=16 --accumulate=2",
         "  fits         8.00 GiB  --shard=none --lora=16 --remat",
     ]
@@ -771,6 +773,8 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--data=nowhere"], "no data set 'nowhere'"),
     (["--device=warp"], "device='warp' is not available here"),
     (["--dtype=float16"], "dtype=float16 would need loss scaling"),
+    (["--adam=float16"], "adam='float16': choose from float32, bfloat16"),
+    (["--offload"], "--offload keeps each process's part of a model on the host: it goes with --shard=full"),
     (["--dtype=int4"], "dtype='int4': choose from"),
     (["--lr=-1"], "lr=-1.0 must not be negative"),
     (["--stage=target"], "base is not trained yet"),

@@ -5,8 +5,11 @@ torch is imported when a model is read or written, not before: the scripts of da
 
 import json
 import os
+import platform
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +45,37 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(folder: Path, command: str, remedy: str):
+    """The folder, made if need be, for this process alone: folder/.lock is locked, and says whose it is.
+
+    The system frees the lock of a process that has died. Raises ValueError if another one holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / ".lock"))
+        except ImportError:
+            free = True
+        except (BlockingIOError, FileNotFoundError):  # held, or just taken away by who held it
+            free = False
+        except OSError as error:
+            free = True
+            warning = f"{folder} cannot be locked ({error.strerror}): let no second run write there"
+            print(f"WARNING: {warning}", file=sys.stderr)
+        if not free:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}; wait for it, or {remedy}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}: {command}\n")
+        file.flush()
+        yield
 
 
 def read_json(path: Path) -> dict:

@@ -28,8 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
 from data.answers import response
-from data.common import (Documents, Encoder, document_options, options, read_text, run, split_of,
-                         write_dataset)  # fmt: skip
+from data.common import (Documents, Encoder, claimed, document_options, options, read_text, run,
+                         split_of, write_dataset)  # fmt: skip
 from zoo.progress import progress
 
 SOURCE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
@@ -88,9 +88,10 @@ def main(argv: list[str]) -> None:
                 documents.add(split, *encoder.encode(question, answer))
             bar.update()
     facts = {"tokenizer_name": args.tokenizer, "marks": args.marks, "dropped": documents.dropped}
-    write_dataset(args.out, "gsm8k", encoder.tokenizer, documents.splits(), mask_id=encoder.mask_id,
-                  eos_id=encoder.end_id, source=args.source, argv=argv, facts=facts | documents.facts(),
-                  licence="MIT" if args.source == SOURCE else "as its source")
+    with claimed(args.out):
+        write_dataset(args.out, "gsm8k", encoder.tokenizer, documents.splits(), mask_id=encoder.mask_id,
+                      eos_id=encoder.end_id, source=args.source, argv=argv, facts=facts | documents.facts(),
+                      licence="MIT" if args.source == SOURCE else "as its source")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import collect, options, run, sizes, write_dataset
+from data.common import claimed, collect, options, run, sizes, write_dataset
 from zoo.tokenizer import CharTokenizer
 from zoo.tools.command import whole
 
@@ -113,8 +113,10 @@ def main(argv: list[str]) -> None:
             empty = rng.random(tokens.shape).argsort(1) >= shown
             yield [relabelled(square) for square in tokens], tokens, empty
 
-    write_dataset(args.out, "latin", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE,
-                  licence="none needed", argv=argv, facts={"seed": args.seed, "size": n, "given": shown})
+    with claimed(args.out):
+        write_dataset(args.out, "latin", tokenizer, collect(args, draws), mask_id=n, eos_id=None,
+                      source=SOURCE, licence="none needed", argv=argv,
+                      facts={"seed": args.seed, "size": n, "given": shown})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import options, run, tokenizer_of, write_dataset
+from data.common import claimed, options, run, tokenizer_of, write_dataset
 from data.shakespeare_char.prepare import SOURCE, text_of
 from zoo.tools.command import whole
 
@@ -31,9 +31,11 @@ def main(argv: list[str]) -> None:
     tokenizer, mask_id, _ = tokenizer_of(args.tokenizer, size)
     cut = int(0.9 * len(text))
     train, val = (np.array(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
-    write_dataset(args.out, "shakespeare_bpe", tokenizer, {"train": train, "val": val, "test": val},
-                  mask_id=mask_id, eos_id=None, source=args.source,
-                  licence="public domain" if args.source == SOURCE else "as its source", argv=argv, facts={})
+    with claimed(args.out):
+        write_dataset(args.out, "shakespeare_bpe", tokenizer, {"train": train, "val": val, "test": val},
+                      mask_id=mask_id, eos_id=None, source=args.source,
+                      licence="public domain" if args.source == SOURCE else "as its source", argv=argv,
+                      facts={})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import options, read_text, run, write_dataset
+from data.common import claimed, options, read_text, run, write_dataset
 from zoo.tokenizer import CharTokenizer
 
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -39,9 +39,11 @@ def main(argv: list[str]) -> None:
     tokenizer = CharTokenizer(sorted(set(text)), ["<mask>"])
     tokens = np.array(tokenizer.encode(text))
     train, val = np.split(tokens, [int(0.9 * len(tokens))])
-    write_dataset(args.out, "shakespeare_char", tokenizer, {"train": train, "val": val, "test": val},
-                  mask_id=tokenizer.specials["<mask>"], eos_id=None, source=args.source,
-                  licence="public domain" if args.source == SOURCE else "as its source", argv=argv, facts={})
+    with claimed(args.out):
+        write_dataset(args.out, "shakespeare_char", tokenizer, {"train": train, "val": val, "test": val},
+                      mask_id=tokenizer.specials["<mask>"], eos_id=None, source=args.source,
+                      licence="public domain" if args.source == SOURCE else "as its source", argv=argv,
+                      facts={})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import collect, options, run, sizes, write_dataset
+from data.common import claimed, collect, options, run, sizes, write_dataset
 from data.latin.prepare import layout, relabelled  # noqa: F401 (load() looks for layout here)
 from zoo.tokenizer import CharTokenizer
 from zoo.tools.command import whole
@@ -142,9 +142,10 @@ def main(argv: list[str]) -> None:
             tokens = COUNT[boards - 1]  # the bit of digit d is 2**(d - 1), so d - 1 bits lie below it
             yield [relabelled(board) for board in tokens], tokens, empty
 
-    write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None, source=SOURCE,
-                  licence="none needed", argv=argv,
-                  facts={"seed": args.seed, "size": n, "given": given, "boxes": boxes})
+    with claimed(args.out):
+        write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None,
+                      source=SOURCE, licence="none needed", argv=argv,
+                      facts={"seed": args.seed, "size": n, "given": given, "boxes": boxes})
 
 
 if __name__ == "__main__":

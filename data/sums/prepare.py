@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, without an installation
-from data.common import collect, options, run, sizes, write_dataset
+from data.common import claimed, collect, options, run, sizes, write_dataset
 from zoo.tokenizer import CharTokenizer
 from zoo.tools.command import whole
 
@@ -60,9 +60,10 @@ def main(argv: list[str]) -> None:
             keys = [" ".join(map(str, sorted(terms))) for terms in numbers]
             yield keys, tokens, np.tile(is_response, (len(numbers), 1))
 
-    write_dataset(args.out, "sums", TOKENIZER, collect(args, draws), mask_id=mask_id, eos_id=eos_id,
-                  source=SOURCE, licence="none needed", argv=argv,
-                  facts={"seed": args.seed, "terms": args.terms, "digits": args.digits})
+    with claimed(args.out):
+        write_dataset(args.out, "sums", TOKENIZER, collect(args, draws), mask_id=mask_id, eos_id=eos_id,
+                      source=SOURCE, licence="none needed", argv=argv,
+                      facts={"seed": args.seed, "terms": args.terms, "digits": args.digits})
 
 
 if __name__ == "__main__":

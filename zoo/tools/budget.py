@@ -64,17 +64,19 @@ def kept_by_layer(model: Transformer, rows: int, length: int, masked: bool, devi
 
 def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_size: int, device: torch.device,
            dtype: torch.dtype, packed: bool = False, ema: bool = False, reference: int = 0, buffer: int = 0,
-           window: int = 1, shards: int = 1, adapters: int = 0) -> dict[str, int]:  # fmt: skip
+           window: int = 1, shards: int = 1, adapters: int = 0,
+           offload: bool = False, moments: torch.dtype = torch.float32) -> dict[str, int]:  # fmt: skip
     """Bytes that a training step needs at the moment when it needs most, by what needs them.
 
     model may be on the meta device; rows of the batch_size canvases go through it at once. reference: bytes
     of the frozen one. buffer: batches of trajectories, 0 = none; window: their steps in a training step.
     batch_size: canvases of one process. shards: processes that share the weights and all that belongs to
     them; each gathers two layers, and what is in no layer, in dtype, and adds up gradients in float32.
+    offload: what a process holds of these is on the host, and not counted: its rows of what is gathered are.
 
-    Weights, gradients and AdamW's two moments are float32, 16 bytes a parameter. With adapters (LoRA, so many
-    numbers) only theirs are, and the weights stay in dtype. To what is there all the
-    time the larger of two peaks is added. At the start of the backward pass all layers keep their
+    Weights and gradients are float32, AdamW's two moments of the dtype `moments`: 16 or 12 bytes a parameter.
+    With adapters (LoRA, so many numbers) only theirs are, and the weights stay in dtype. To what is there all
+    the time the larger of two peaks is added. At the start of the backward pass all layers keep their
     activations, autocast keeps its copies of the matrices, and the logits of one chunk exist three times:
     they, their softmax, its gradient. The gradient of the head's table is there too, and under --accumulate
     all other gradients. At the end of the backward pass there are all gradients, and what one layer keeps.
@@ -89,13 +91,14 @@ def memory(model: Transformer, rows: int, remat: bool, *, length: int, batch_siz
     logits = window * rows * length if rows * length <= chunk else chunk
     state = Trajectories(c, batch_size * buffer, length, "meta", packed).state if buffer else {}
     layer = sum(p.numel() for p in model.layers[-1].parameters())
-    rest, own = parameters - c.n_layer * layer, adapters or -(-parameters // shards)
+    rest, own = parameters - c.n_layer * layer, 0 if offload else adapters or -(-parameters // shards)
+    brought = -(-(2 * layer + rest) // shards) * offload  # from the host
     copied = dtype != torch.float32 and shards == 1 and not adapters
     always = {
         "weights": 4 * own + dtype.itemsize * parameters * (adapters > 0),
-        "AdamW": 8 * own,
+        "AdamW": 2 * moments.itemsize * own,
         "average": 4 * own * ema,
-        "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest)) * (shards > 1),
+        "gathered": (dtype.itemsize * (2 * layer + rest) + 4 * (layer + rest + brought)) * (shards > 1),
         "reference": -(-reference // shards),
         "trajectories": sum(v.nbytes for v in state.values()),
         "attention mask": masked * rows * tokens**2,
@@ -173,14 +176,15 @@ def cards(text: str) -> tuple[int, int]:
 def plan(need: Callable[..., dict[str, int]], count: int, have: int, batch_size: int) -> list[str]:
     """For every way to train: the fewest pieces of a batch with which it fits into `have` bytes.
 
-    need(rows, remat, shards, rank): see memory(). batch_size: canvases of one of the `count` processes.
+    need(rows, remat, shards, rank, offload): see memory(). batch_size: canvases of one of `count` processes.
     """
     lines, pieces = [], [k for k in range(1, batch_size + 1) if not batch_size % k]
-    for shards, rank in [(1, 0), *([(count, 0)] if count > 1 else []), (1, 16)]:
+    full = [(count, 0, False), (count, 0, True)] if count > 1 else []
+    for shards, rank, offload in [(1, 0, False), *full, (1, 16, False)]:
         for remat in (False, True):
-            ways = [(k, sum(need(batch_size // k, remat, shards, rank).values())) for k in pieces]
+            ways = [(k, sum(need(batch_size // k, remat, shards, rank, offload).values())) for k in pieces]
             k, total = next((way for way in ways if way[1] <= have), ways[-1])
-            options = [f"--shard={'full' if shards > 1 else 'none'}"] * (count > 1)
+            options = [f"--shard={'full' if shards > 1 else 'none'}"] * (count > 1) + ["--offload"] * offload
             options += [f"--lora={rank}"] * (rank > 0) + ["--remat"] * remat + [f"--accumulate={k}"] * (k > 1)
             verdict = "fits" if total <= have else "too much"
             lines.append(f"  {verdict:8}  {size(total):>11}  {' '.join(options) or 'no option'}")

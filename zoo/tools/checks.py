@@ -4,12 +4,10 @@
 """
 
 import errno
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 import zoo
 from zoo import tokenizer
 from zoo.decoding import RENAMED, carry_options
+from zoo.files import locked
 from zoo.rivals import ABSENT, carries
 from zoo.rivals import RECIPES as RIVALS
 from zoo.tools import distributed
@@ -28,7 +27,7 @@ from zoo.tools import distributed
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
-        "test_items", "options", "log", "plan", "shard"}  # fmt: skip
+        "test_items", "options", "log", "plan", "shard", "offload"}  # fmt: skip
 
 
 def command(resume: bool = False) -> str:
@@ -115,6 +114,7 @@ def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
 def check_options(o, block_size: int) -> None:
     """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
     trajectory = o.recipe == "trajectory"
+    check_choices(o, {"adam": ("float32", "bfloat16")})
     for wrong, says in (
         (o.reference and o.recipe != "paper",
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
@@ -133,6 +133,8 @@ def check_options(o, block_size: int) -> None:
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
         (o.shard == "full" and distributed.processes() == 1,
          "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
+        (o.offload and o.shard != "full",
+         "--offload keeps each process's part of a model on the host: it goes with --shard=full"),
         (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
         (o.recipe in carries.LEARNED and (o.lora or o.shard == "full"),
          f"recipe={o.recipe} has parameters of its own: it takes neither --lora nor --shard=full"),
@@ -182,44 +184,17 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 
 @contextmanager
 def claimed(root: Path):
-    """The run folder, for this run alone: root/.lock is locked, and names the process that holds it.
-
-    The system frees the lock of a process that has died. Raises ValueError if another one holds it, and
-    OSError, in one line, if something cannot be written there.
-    """
-    files = []
-
-    def lock() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        files.append(open(root / ".lock", "a+"))
+    """The run folder, for this run alone: see locked(), whose ValueError process 0 raises. OSError, in one
+    line, if something cannot be written there."""
+    with ExitStack() as held:
         try:
-            import fcntl  # not on Windows
-        except ImportError:
-            return
-        try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            files[0].seek(0)
-            holder = files[0].read().strip() or "another process"
-            raise ValueError(f"{root} is in use by {holder}; wait for it, or choose --name=NAME") from None
-        except OSError as error:
-            warning = f"{root} cannot be locked ({error.strerror}): let no second run write there"
-            print(f"WARNING: {warning}", file=sys.stderr)
-        files[0].truncate(0)
-        files[0].write(f"process {os.getpid()} on {platform.node()}: {command()}\n")
-        files[0].flush()
-
-    try:
-        distributed.once(lock)
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in REFUSED:
-            raise
-        kept = "what was saved before is still there; mend that, then go on with"
-        raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
-    finally:
-        for file in files:
-            file.close()
+            distributed.once(lambda: held.enter_context(locked(root, command(), "choose --name=NAME")))
+            yield
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno not in REFUSED:
+                raise
+            kept = "what was saved before is still there; mend that, then go on with"
+            raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
 
 
 def quick_attention(device: torch.device, length: int) -> None:

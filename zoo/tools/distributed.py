@@ -208,11 +208,11 @@ class Parallel:
 
     sharded: the rows of a process, in float32, come with their gradients and AdamW's moments. A layer is
     gathered, in dtype, while it is read. reference: a frozen model, sharded too. Both are on the meta device
-    then, see fill().
+    then, see fill(). offload: between its uses, all of the model that belongs to a process is on the host.
     """
 
     def __init__(self, model: Transformer, reference: Transformer | None, device: torch.device,
-                 dtype: torch.dtype, sharded: bool):  # fmt: skip
+                 dtype: torch.dtype, sharded: bool, offload: bool = False):  # fmt: skip
         self.module, self.sharded = Loss(model), sharded
         experts = any(hasattr(layer.mlp, "experts") for layer in model.layers)  # not all of them meet a token
         if processes() > 1 and device.type == "mps":
@@ -220,7 +220,7 @@ class Parallel:
         if sharded and experts:
             raise ValueError("--shard=full cannot train experts: choose --shard=none")
         if sharded:
-            shard(model, self.module, device, dtype)
+            shard(model, self.module, device, dtype, offload)
             if reference is not None:
                 shard(reference, reference, device, None)
         elif processes() > 1:
@@ -249,17 +249,19 @@ class Parallel:
         return found
 
 
-def shard(model: Transformer, root: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+def shard(model: Transformer, root: nn.Module, device: torch.device, dtype: torch.dtype | None,
+          offload: bool = False) -> None:  # fmt: skip
     """Layer by layer; what is in no layer belongs to the root. dtype: of gathered weights, None = as is."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     # Inputs keep their dtype: among them are the angles of RoPE. Gradients are added up in float32.
     reduce = None if dtype is None else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
+    host = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (processes(),))
     for part in (*model.layers, root):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=host)
 
 
 def gathered(context: Context, reference: Transformer) -> Context:

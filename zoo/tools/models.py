@@ -68,8 +68,8 @@ def reference_of(recipe: str, r: Run) -> str | Path:
 
 
 def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int) -> Callable[..., dict]:
-    """The memory() of a stage in each of so many processes, as a function of rows, remat, shards and the rank
-    of LoRA. reference: its name; "" = none."""
+    """The memory() of a stage in each of so many processes, as a function of rows, remat, shards, the rank of
+    LoRA and offload. reference: its name; "" = none."""
     o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
@@ -77,12 +77,14 @@ def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int
         model = shape_of(start, tokens)[0] if ready and stage != "base" else Transformer(r.config)
     stored = shape_of(reference, tokens)[1] if reference else 0
 
-    def need(rows: int, remat: bool, shards: int = 1, rank: int = o.lora) -> dict[str, int]:
+    def need(rows: int, remat: bool, shards: int = 1, rank: int = o.lora,
+             offload: bool = False) -> dict[str, int]:  # fmt: skip
         return memory(
             model, rows, remat, length=r.length, batch_size=-(-o.batch_size // processes), device=r.device,
             dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0, reference=stored,
             buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
-            adapters=lora.parameters(model, rank) if stage != "base" else 0,
+            adapters=lora.parameters(model, rank) if stage != "base" else 0, offload=offload,
+            moments=getattr(torch, o.adam),
         )  # fmt: skip
 
     return need
@@ -105,7 +107,8 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
         print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
-    need = functools.partial(need, shards=n if sharded else 1)
+    offload = o.offload and r.device.type != "cpu"  # which is the host
+    need = functools.partial(need, shards=n if sharded else 1, offload=offload)
     report_memory(need, have, rows, o.accumulate, o.remat, o.force)
     return sharded
 
@@ -199,8 +202,8 @@ def open_models(stage: str, r: Run, named: str | Path, sharded: bool):
     model, origin, weights = sharded_start(stage, r)
     loaded, others = opened(named) if named else (None, ())
     reference = loaded and loaded.model.requires_grad_(False)
-    parallel = distributed.Parallel(model, reference, r.device, r.dtype, True)
-    distributed.fill(model, weights, r.device)
+    parallel = distributed.Parallel(model, reference, r.device, r.dtype, True, r.o.offload)
+    distributed.fill(model, weights, torch.device("cpu") if r.o.offload else r.device)
     if reference:
         distributed.fill(reference, others, r.device)
     return model, origin, reference, parallel

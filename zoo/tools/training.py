@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcd import Context, Residual, Sampler, Transformer, diffusion_loss, maskable
+from zoo import adam
 from zoo.decoding import RENAMED
 from zoo.files import write_atomic
 from zoo.recipes import document_positions, noise_levels
@@ -144,16 +145,19 @@ class State:
     the same file for any number of processes.
     """
 
-    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories]):
-        self.model, self.step, self.trajectories = model, 0, trajectories
+    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories],
+                 moments: torch.dtype = torch.float32):  # fmt: skip
+        """moments: what AdamW stores its two in."""
+        self.model, self.step, self.trajectories, self.moments = model, 0, trajectories, moments
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names = sorted(self.trained, key=lambda n: self.trained[n].dim() < 2)  # as AdamW counts
         groups = [
             {"params": [p for p in self.trained.values() if p.dim() >= 2], "weight_decay": o.weight_decay},
             {"params": [p for p in self.trained.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = model.embedding.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
+        own = moments != torch.float32
+        kind, fused = adam.AdamW if own else torch.optim.AdamW, model.embedding.device.type in ("cuda", "cpu")
+        self.optimizer = kind(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused and not own)
         self.decay = o.ema
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
 
@@ -217,17 +221,17 @@ class State:
             raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
         if "before" in path.name:
             print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
-        earlier = {"lora": "0", "weighting": "1/t"}  # of versions that had no such options
+        earlier = {"lora": "0", "weighting": "1/t", "adam": "float32"}  # of versions that had no such options
         saved = earlier | {RENAMED.get(k, k): v for k, v in saved.items()}
         changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
         if changed:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
-        self.step, moments = int(saved["step"]), {}
-        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            moments[i] = {"step": torch.tensor(float(self.step))}
-            moments[i] |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments if self.step else {}})
+        self.step, fused = int(saved["step"]), self.optimizer.defaults["fused"]
+        for p in self.trained.values() if self.step else ():
+            step = torch.tensor(float(self.step), device=p.device if fused else "cpu")
+            moments = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": step, **moments}
         into = {n: x for n, x in self.tensors().items() if not n.startswith("step.")}
         if path.is_dir():
             distributed.load_shards(path, into)
