@@ -294,6 +294,34 @@ def test_the_recipe_that_is_not_named(tmp_path):
         assert train.implied(typed, dataset) == {**expected, "test_items": test_items}
 
 
+def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):
+    """Two layers in place of experts: one has a gradient at every other step, one has none at all."""
+    options = SimpleNamespace(lr=1e-2, beta2=0.98, weight_decay=0.1, ema=0.5)
+
+    def begin() -> State:
+        config = Config(vocab_size=12, mask_id=MASK, n_layer=3)
+        return State(init_weights(Transformer(config), seeded(0)), options, [])
+
+    def go(state: State, until: int) -> State:
+        while state.step < until:
+            for name, p in state.trained.items():
+                reached = "layers.2" not in name and ("layers.1" not in name or state.step % 2)
+                p.grad = torch.randn(p.shape, generator=seeded(state.step)) if reached else None
+            state.optimizer.step()
+            state.average()
+            state.step += 1
+        return state
+
+    whole, cut = go(begin(), 8), go(begin(), 5)
+    tmp_path.joinpath("x").mkdir()
+    cut.save(tmp_path / "x", {})
+    again = begin()
+    again.restore(tmp_path / "x", {})
+    for name, value in go(again, 8).tensors().items():
+        assert torch.equal(value, whole.tensors()[name]), name
+    assert again.tensors().keys() == whole.tensors().keys()
+
+
 # ---- The moving average of the weights
 
 

@@ -121,8 +121,8 @@ EXPERIMENTS = {
         "--data=sudoku", PLAIN | {"rcd": TRAJECTORY}, HARD, (1, 2, 4, 6, 9, 13, 27),
     ),
     "compute": Experiment(
-        "the same puzzles, what else helps SeqD: 10 % more steps (one on trajectories costs 5 % more), or all "
-        "masks weighing alike in its loss, without 1/t",
+        "the same puzzles, what else helps SeqD: 10 % more steps (one on trajectories costs 5 % more), or "
+        "all masks weighing alike in its loss, without 1/t",
         "--data=sudoku",
         {"base": "--stage=base", "seqd-compute": PLAIN["seqd"] + " --steps=770",
          "seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": TRAJECTORY},
@@ -295,10 +295,14 @@ EXPERIMENTS |= {
     "rivals-sums": rivals_on("sums"),
     "rules": replace(
         EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by other papers' rules",
-        runs={name: EXPERIMENTS["sudoku"].runs[name] for name in ("base", "seqd", "rcd")},
-        curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)]
-        + [with_policy("SeqD, policy", "seqd", "policy-1-seqd", carry="none"),
-           with_policy("RCD, policy", "rcd", "policy-1")],
+        curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)],
+        folder="sudoku", by_curve=True,
+    ),
+    "policies": replace(
+        EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by a threshold or a learned policy",
+        curves=[*on_both("threshold", SWEEPS["threshold"]),
+                with_policy("SeqD, policy", "seqd", "policy-1-seqd", carry="none"),
+                with_policy("RCD, policy", "rcd", "policy-1")],
         policies=POLICIES, folder="sudoku", by_curve=True,
     ),
 }  # fmt: skip

@@ -228,8 +228,13 @@ class State:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
         self.step, fused = int(saved["step"]), self.optimizer.defaults["fused"]
-        for p in self.trained.values() if self.step else ():
-            step = torch.tensor(float(self.step), device=p.device if fused else "cpu")
+        # AdamW's steps of each parameter: fewer of an expert that some batches did not reach; it may have none.
+        steps = {n.removeprefix("step."): float(x) for n, x in under_way.items() if n.startswith("step.")}
+        if self.step and not steps:  # in shards, where there are no experts
+            steps = dict.fromkeys(self.trained, float(self.step))
+        for name, taken in steps.items():
+            p = self.trained[name]
+            step = torch.tensor(taken, device=p.device if fused else "cpu")
             moments = {k: torch.zeros_like(p, dtype=self.moments) for k in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": step, **moments}
         into = {n: x for n, x in self.tensors().items() if not n.startswith("step.")}
