@@ -34,7 +34,7 @@ import torch
 from torch import Generator, Tensor
 
 import data
-from rcd import diffusion_loss, earlier_context, maskable, reference_context
+from rcd import earlier_context, maskable, reference_context
 from zoo import lora, rivals, speed
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
@@ -44,8 +44,8 @@ from zoo.tools.budget import matmul_rate, peak_memory, training_flops
 from zoo.tools.checks import RECIPES, implied
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.distributed import SharedTrajectories, once
-from zoo.tools.training import (State, Stop, accuracy, batches, draw_t, generators, learning_rate, move,
-                                split_rows, validate)  # fmt: skip
+from zoo.tools.training import (LOSSES, State, Stop, accuracy, batches, draw_t, generators, learning_rate,
+                                move, split_rows, validate)  # fmt: skip
 
 OUT = Path("out")
 STAGES = ("base", "reference", "target")
@@ -80,7 +80,7 @@ class Train:
     adam: str = "float32"  # of AdamW's two moments: float32 | bfloat16, half the memory; weights are float32
     compile: bool = False  # torch.compile the model
     t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
-    weighting: str = "1/t"  # of a masked token after the base: 1/t (the bound) | 1 (all masks weigh alike)
+    weighting: str = "1/t"  # of a mask, after the base: 1/t | 1 | complementary (once each: zoo/fastdllm.py)
     shard: str = "auto"  # with torchrun, a process holds: none (all) | full (a part) | auto (part if need be)
     offload: bool = False  # with --shard=full: that part, with its gradients and moments, is on the host
     remat: bool = False  # compute layers again in backward: less memory for a third more compute
@@ -125,7 +125,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
     checks.check_choices(o, {"preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES,
-        "schedule": ("cosine", "constant"), "t_per": ("document", "block"), "weighting": ("1/t", "1"),
+        "schedule": ("cosine", "constant"), "t_per": ("document", "block"), "weighting": LOSSES,
         "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
     checks.fill_zeros(PRESETS[o.preset], o, shape)
     checks.check_options(o, shape.block_size)
@@ -136,7 +136,7 @@ def train_stage(stage: str, r: models.Run) -> None:
     """Train a stage to its end, in out/<name>/<stage>. Raises KeyboardInterrupt after Ctrl-C, all saved."""
     o, dataset, length, device, dtype = r.o, r.dataset, r.length, r.device, r.dtype
     folder, steps = r.root / stage, o.base_steps if stage == "base" else o.steps
-    recipe, bound = o.recipe if stage == "target" else "masked", stage == "base" or o.weighting == "1/t"
+    recipe, weighting = o.recipe if stage == "target" else "masked", "1/t" if stage == "base" else o.weighting
 
     # The model to train, and the frozen reference of Algorithm 1.
     named = models.reference_of(recipe, r) if stage != "base" else ""
@@ -162,8 +162,8 @@ def train_stage(stage: str, r: models.Run) -> None:
     elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
         context = rivals.carries.context_of(recipe, r.residual)
     elif recipe == "trajectory":  # from the denoising step before, as in sampling
-        packed = dataset.segments("train") is not None
-        trajectories = [SharedTrajectories(model.config, n, length, device, packed, o.window, bound)
+        given = dataset.segments("train") is not None, o.window, weighting == "1/t"  # packed, window, bound
+        trajectories = [SharedTrajectories(model.config, n, length, device, *given)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip
     if context and o.absent:
         context = sometimes_absent(context, o.absent)
@@ -193,7 +193,7 @@ def train_stage(stage: str, r: models.Run) -> None:
             with autocast(device, dtype):
                 t = draw_t(tokens, positions, o.t_per, model.config.block_size, noise)
                 mine, drawn = distributed.own(tokens, response, positions, t, noise)
-                part = functools.partial(diffusion_loss, model, *mine, context=context, bound=bound, **drawn)
+                part = functools.partial(LOSSES[weighting], model, *mine, context=context, **drawn)
                 loss = parallel.loss(part, last=i == some[-1])
             count = int(counts[i][distributed.share(rows[i])].sum())
             yield loss * (count / whole)  # each token counts alike

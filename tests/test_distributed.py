@@ -353,7 +353,7 @@ def test_what_made_the_loss_infinite_is_kept(one, monkeypatch, recipe, data_sets
     """The loss of step 4 is made so. The state of step 2 stays, and the batch is that of step 4."""
     one("--base_steps=2", "--name=b")
     options = [f"--recipe={recipe}", "--init_from=out/b/base", "--stage=target", "--buffer=2"]
-    read, inner = [], (train.diffusion_loss, train.SharedTrajectories.loss)
+    read, inner = [], (training.LOSSES["1/t"], train.SharedTrajectories.loss)
 
     def loss(model, tokens, *given, **named):
         read.append(tokens.clone())
@@ -364,7 +364,7 @@ def test_what_made_the_loss_infinite_is_kept(one, monkeypatch, recipe, data_sets
         read.append(self.state["tokens"].clone())
         return found * (math.nan if len(read) == 4 else 1)
 
-    monkeypatch.setattr(train, "diffusion_loss", loss)
+    monkeypatch.setitem(training.LOSSES, "1/t", loss)
     monkeypatch.setattr(train.SharedTrajectories, "loss", of_trajectories)
     with pytest.raises(ValueError, match=r"the loss became .* at step 4: its batch is in out/x/target/not-f"):
         one(*options)

@@ -193,12 +193,16 @@ def test_weighting_reaches_both_stages_and_not_the_base(run):
     for name, weighting in (("a", "1/t"), ("b", "1")):
         run(f"--name={name}", f"--weighting={weighting}", "--buffer=1")
     assert [same(Path("out/a") / s, Path("out/b") / s) for s in train.STAGES] == [True, False, False]
+    more = ["--recipe=earlier", "--stage=target", "--init_from=a/base", "--weighting=complementary"]
+    run("--name=c", *more)
+    run("--name=d", *more[:-1])
+    assert not same(Path("out/c/target"), Path("out/d/target"))
     assert meta_of(Path("out/b/target"))["options"]["weighting"] == "1"
 
 
 def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypatch):
     run("--name=whole", "--stage=base")
-    inner, calls = train.diffusion_loss, []
+    inner, calls = training.LOSSES["1/t"], []
 
     def dies(*args, **options):
         calls.append(1)
@@ -206,10 +210,10 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypat
             raise MemoryError
         return inner(*args, **options)
 
-    monkeypatch.setattr(train, "diffusion_loss", dies)
+    monkeypatch.setitem(training.LOSSES, "1/t", dies)
     with pytest.raises(MemoryError):
         run("--name=dead", "--stage=base")
-    monkeypatch.setattr(train, "diffusion_loss", inner)
+    monkeypatch.setitem(training.LOSSES, "1/t", inner)
     run("--name=dead", "--stage=base", "--resume")
     assert same(Path("out/whole/base"), Path("out/dead/base"))
     assert [e["step"] for e in log_of(Path("out/dead/base"))] == [1, 2, 3, 4]
@@ -218,7 +222,7 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypat
 def test_tensorboard_holds_what_the_log_holds(run, monkeypatch):
     """After a kill and a resumption too: no point is missing, and none is there twice."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    inner = train.diffusion_loss
+    inner = training.LOSSES["1/t"]
 
     def dies(*args, **options):
         if len(log_of(Path("out/x/base"))) == 3:  # a step after the save at step 2
@@ -226,10 +230,10 @@ def test_tensorboard_holds_what_the_log_holds(run, monkeypatch):
         return inner(*args, **options)
 
     options = ["--name=x", "--stage=base", "--log=tensorboard"]
-    monkeypatch.setattr(train, "diffusion_loss", dies)
+    monkeypatch.setitem(training.LOSSES, "1/t", dies)
     with pytest.raises(MemoryError):
         run(*options)
-    monkeypatch.setattr(train, "diffusion_loss", inner)
+    monkeypatch.setitem(training.LOSSES, "1/t", inner)
     run(*options, "--resume")
     log, events = log_of(Path("out/x/base")), Path("out/x/base/tensorboard")
     expected = [(name, e["step"], value) for e in log for name, value in e.items() if name != "step"]
@@ -781,7 +785,8 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--init_from=nothing-here"], "no model 'nothing-here'"),
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
-    (["--weighting=t"], "weighting='t': choose from 1/t, 1"),
+    (["--weighting=t"], "weighting='t': choose from 1/t, 1, complementary"),
+    (["--weighting=complementary"], "masks canvases twice, a trajectory is one: choose another --recipe"),
     (["--t_per=token"], "t_per='token': choose from document, block"),
     (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
     (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after

@@ -59,17 +59,20 @@ def sub_blocks(at: Tensor, b: int, size: int, c: Config) -> tuple[Tensor, int]:
 
 
 def complementary_loss(model: Transformer, tokens: Tensor, response: Tensor, positions: Tensor | None = None,
-                       *, t: Tensor, context: Context | None = None,
-                       generator: Generator | None = None) -> Tensor:  # fmt: skip
+                       *, t: Tensor, context: Context | None = None, generator: Generator | None = None,
+                       draws: tuple = ()) -> Tensor:  # fmt: skip
     """Fast-dLLM v2's loss (arXiv 2509.26328): the batch and, beside it, a copy in which exactly the other
     response tokens are masked. So each is predicted once: the mean of all -log p, in nats per response token.
 
     Arguments as in rcd.diffusion_loss; t (B, 1) or (B, T), from zoo.recipes.noise_levels for one per block.
     """
-    masked = torch.rand(tokens.shape, generator=generator, device=tokens.device) < t  # (B, T)
+    shapes = tokens.shape, (len(tokens), 2)
+    noise, uniform = draws or (torch.rand(s, generator=generator, device=tokens.device) for s in shapes)
+    masked = noise < t  # (B, T)
     both = [x if x is None else x.repeat(2, 1) for x in (tokens, response, positions)]  # (2B, T) each
     t = torch.cat([masked, ~masked]).float()  # the noise level of a token: 1 masks it, 0 never does
-    return 2 * diffusion_loss(model, *both, context=context, t=t, generator=generator)
+    twice = noise.repeat(2, 1), uniform.repeat(2, 1)
+    return 2 * diffusion_loss(model, *both, context=context, t=t, draws=twice)
 
 
 def plan(s: Settings, source: Source) -> Plan:

@@ -127,6 +127,8 @@ def check_options(o, block_size: int) -> None:
          f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
          "start without a residual"),
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
+        (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
+         "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
         (o.window > 1 and not trajectory, f"--window is read by --recipe=trajectory, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),

@@ -79,10 +79,11 @@ def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int
 
     def need(rows: int, remat: bool, shards: int = 1, rank: int = o.lora,
              offload: bool = False) -> dict[str, int]:  # fmt: skip
+        copies = 2 if o.weighting == "complementary" and stage != "base" else 1
         return memory(
-            model, rows, remat, length=r.length, batch_size=-(-o.batch_size // processes), device=r.device,
-            dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0, reference=stored,
-            buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
+            model, copies * rows, remat, length=r.length, batch_size=-(-o.batch_size // processes),
+            device=r.device, dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
+            reference=stored, buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
             adapters=lora.parameters(model, rank) if stage != "base" else 0, offload=offload,
             moments=getattr(torch, o.adam),
         )  # fmt: skip

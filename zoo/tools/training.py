@@ -3,6 +3,7 @@
 `o` and `shape` stand for the dataclasses Train and Shape of train.py: options by name.
 """
 
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from rcd import Context, Residual, Sampler, Transformer, diffusion_loss, maskable
 from zoo import adam
 from zoo.decoding import RENAMED
+from zoo.fastdllm import complementary_loss
 from zoo.files import write_atomic
 from zoo.recipes import document_positions, noise_levels
 from zoo.tools import distributed
@@ -31,8 +33,11 @@ from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate
 from zoo.tools.sinks import SINKS
 
-# ---- Batches
+# ---- Losses and batches
 
+# By --weighting: the likelihood bound, all masks alike, or every token masked in one of two copies.
+LOSSES = {"1/t": diffusion_loss, "1": functools.partial(diffusion_loss, bound=False),
+          "complementary": complementary_loss}  # fmt: skip
 Batch = tuple[Tensor, Tensor, Tensor | None]  # tokens, response (bool), positions of packed rows: each (B, T)
 Draw = Callable[[int, torch.Generator], Batch]  # rows, generator -> a batch on the host
 
@@ -228,7 +233,7 @@ class State:
             remedy = "give the same ones, or --overwrite"
             raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
         self.step, fused = int(saved["step"]), self.optimizer.defaults["fused"]
-        # AdamW's steps of each parameter: fewer of an expert that some batches did not reach; it may have none.
+        # Steps of AdamW by parameter: fewer for an expert that some batches did not reach, perhaps none.
         steps = {n.removeprefix("step."): float(x) for n, x in under_way.items() if n.startswith("step.")}
         if self.step and not steps:  # in shards, where there are no experts
             steps = dict.fromkeys(self.trained, float(self.step))
@@ -281,8 +286,8 @@ class Log:
         flops = speed * self.flops_per_token
         return {
             "step": step, "loss": round(mean, 5), "lr": rate, "tokens": step * self.tokens_per_step,
-            "tokens_per_second": round(speed), "tflops": round(flops / 1e12, 4),
-            "mfu": round(flops / self.peak, 4),
+            "tokens_per_second": round(speed), "tflops": float(f"{flops / 1e12:.4g}"),
+            "mfu": float(f"{flops / self.peak:.4g}"),
         }  # fmt: skip
 
     @contextmanager
