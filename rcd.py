@@ -538,7 +538,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
     lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
-    for m in (model, reference)[: 1 + (s.carry == "residual" and s.start == "warm")]:
+    for m in (model, reference) if s.carry == "residual" and s.start == "warm" else (model,):
         check(m is not None, "start=warm needs the reference model: give it, or choose start=cold")
         check(shape[1] <= m.config.max_len, f"the canvas is longer than max_len={m.config.max_len}")
         check_reference(model, m)

@@ -3,7 +3,7 @@
     base       the plain masked loss, from scratch. --init_from=MODEL takes the place of this stage.
     reference  stage 1: the plain masked loss again, from the base. Also SeqD, the control without a residual.
     target     stage 2: from the base again, on as many tokens. It reads a residual: --recipe says whose. The
-               default is not Algorithm 1's (--recipe=paper) but that of the model's own last step.
+               default is its own, of a step before; --recipe=paper is Algorithm 1, the reference's.
 
 Then a table: accuracy against forward passes, SeqD beside RCD. Each stage is a folder out/NAME/STAGE/ of
 safetensors and JSON. Ctrl-C saves. --resume goes on to the same weights, bit by bit: step i draws its batch,
@@ -125,8 +125,8 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     """Fill zeros from the preset, and return it. Raises ValueError, in one line, for what cannot work."""
     o.preset = o.preset or ("gpu" if device.type == "cuda" else "cpu")
     checks.check_choices(o, {"preset": PRESETS, "stage": (*STAGES, "all"), "recipe": RECIPES,
-        "schedule": ("cosine", "constant"), "t_per": ("document", "block"), "weighting": LOSSES,
-        "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
+        "schedule": ("cosine", "constant"), "t_per": ("document", "block"), "adam": ("float32", "bfloat16"),
+        "weighting": LOSSES, "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
     checks.fill_zeros(PRESETS[o.preset], o, shape)
     checks.check_options(o, shape.block_size)
     return PRESETS[o.preset]
@@ -202,13 +202,13 @@ def train_stage(stage: str, r: models.Run) -> None:
     once(lambda: training.open_folder(folder, dataset.tokenizer))
     meta = models.record(stage, recipe, r, origin)
     frozen = checks.frozen(meta["options"], dtype)
-    state = State(model, o, trajectories, moments=getattr(torch, o.adam))
+    state = State(model, o, trajectories)
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)
     flops = training_flops(model, reference or (model if context else None), dataset, length)
-    log = training.open_log(folder / "log.jsonl", state.step, tokens_per_step, flops / length, r.peak,
-                            meta["options"])  # fmt: skip
+    log = training.open_log(folder / "log.jsonl", state.step, tokens_per_step,
+                            flops / length * (1 + (weighting == "complementary")), r.peak, meta["options"])
     sampler = Decoding(rule="threshold", carry="residual" if stage == "target" else "none")
 
     quiet = distributed.rank() > 0
@@ -223,7 +223,7 @@ def train_stage(stage: str, r: models.Run) -> None:
                 total += loss.detach()
             total = distributed.total(total)
             norm = distributed.clip(model, o.clip or math.inf)
-            if not math.isfinite(total + norm):  # the one place in a step where the host waits
+            if not math.isfinite(total + norm):  # on a GPU the host waits here
                 again, _ = generators(*seeds, device=device)
                 training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()

@@ -33,6 +33,8 @@ def test_it_is_the_mean_over_the_masked_labels_of_both_copies(tiny, kind, packed
     expected = F.cross_entropy(torch.cat(logits), labels)
     given = dict(t=t, generator=torch.Generator().manual_seed(2))
     loss = complementary_loss(model, tokens, response, positions, **given)
+    draws = torch.rand(5, T, generator=torch.Generator().manual_seed(2)), torch.rand(5, 2, generator=g)
+    assert complementary_loss(model, tokens, response, positions, t=t, draws=draws).item() == loss.item()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     a, b = (torch.autograd.grad(x, model.layers[0].mlp.up_proj.weight)[0] for x in (loss, expected))
     assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)

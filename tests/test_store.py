@@ -1,6 +1,7 @@
 """Large sources: killed preparations, several processes and memory, against uninterrupted plain ones."""
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -228,37 +229,39 @@ def test_a_document_is_what_was_added(tmp_path):
     assert documents.count == wanted and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("work", ["training set", "digits"])
-def test_a_folder_belongs_to_one_preparation(work, tmp_path, monkeypatch):
-    """Another process holds it, in the middle of its work; and is killed, so that it tidies nothing up."""
-    source, (ready, told) = write_rows(tmp_path / "in.jsonl", 60), os.pipe()
+def begin(work: str, source: Path, out: Path) -> None:
+    if work == "digits":
+        sums.main([f"--out={out}", "--train=8", "--val=4", "--test=4"])
+    else:
+        prepare(source, out)
 
-    def begin(out: Path) -> None:
-        if work == "digits":
-            sums.main([f"--out={out}", "--train=8", "--val=4", "--test=4"])
-        else:
-            prepare(source, out)
+
+def stays(ready, *task) -> None:
+    """begin(*task) in a process of its own, which never comes further than to its first array."""
 
     def wait(*_) -> None:
-        os.write(told, b"!")
+        ready.set()
         signal.pause()
 
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out=out"])
-    child = os.fork()
-    if not child:
-        try:
-            common.write_array = wait
-            begin(tmp_path / "out")
-        finally:
-            os._exit(1)
-    assert os.read(ready, 1)
-    words = rf"out is in use by process {child} on .*: python prepare.py --out=out; wait for it, or choose a"
+    sys.argv, common.write_array = ["prepare.py", "--out=out"], wait
+    begin(*task)
+
+
+@pytest.mark.parametrize("work", ["training set", "digits"])
+def test_a_folder_belongs_to_one_preparation(work, tmp_path):
+    """Another process holds it, in the middle of its work; and is killed, so that it tidies nothing up."""
+    source, spawn = write_rows(tmp_path / "in.jsonl", 60), multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    other = spawn.Process(target=stays, args=(ready, work, source, tmp_path / "out"))
+    other.start()
+    assert ready.wait(120)
+    words = rf"out is in use by process {other.pid} on .*: python prepare.py --out=out; wait for it, or"
     with pytest.raises(ValueError, match=words):
-        begin(tmp_path / "out")
-    begin(tmp_path / "other")
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    begin(tmp_path / "out")
+        begin(work, source, tmp_path / "out")
+    begin(work, source, tmp_path / "other")
+    other.kill()
+    other.join()
+    begin(work, source, tmp_path / "out")
     made = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("other", "out")]
     commands = [json.loads(files.pop("meta.json"))["command"] for files in made]
     assert made[0] == made[1] and ".lock" not in made[0] and commands[0] != commands[1]

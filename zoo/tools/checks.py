@@ -114,7 +114,6 @@ def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
 def check_options(o, block_size: int) -> None:
     """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
     trajectory = o.recipe == "trajectory"
-    check_choices(o, {"adam": ("float32", "bfloat16")})
     for wrong, says in (
         (o.reference and o.recipe != "paper",
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
