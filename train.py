@@ -202,7 +202,7 @@ def train_stage(stage: str, r: models.Run) -> None:
     once(lambda: training.open_folder(folder, dataset.tokenizer))
     meta = models.record(stage, recipe, r, origin)
     frozen = checks.frozen(meta["options"], dtype)
-    state = State(model, o, trajectories)
+    state = State(model, o, trajectories, moments=getattr(torch, o.adam))
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     tokens_per_step = o.batch_size * length * (o.window if trajectories else 1)

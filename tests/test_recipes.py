@@ -296,7 +296,7 @@ def test_the_recipe_that_is_not_named(tmp_path):
 
 def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):
     """Two layers in place of experts: one has a gradient at every other step, one has none at all."""
-    options = SimpleNamespace(lr=1e-2, beta2=0.98, weight_decay=0.1, ema=0.5, adam="float32")
+    options = SimpleNamespace(lr=1e-2, beta2=0.98, weight_decay=0.1, ema=0.5)
 
     def begin() -> State:
         config = Config(vocab_size=12, mask_id=MASK, n_layer=3)
@@ -329,7 +329,7 @@ def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):
 def test_the_saved_weights_are_a_weighted_mean_of_the_weights_of_every_step(decay):
     """By hand: w_0 ... w_n in the proportions that decays min(decay, (1 + i) / (10 + i)) leave to each."""
     model = init_weights(Transformer(Config(vocab_size=12, mask_id=MASK, n_layer=1)), seeded(0))
-    options = SimpleNamespace(lr=1e-3, beta2=0.98, weight_decay=0.0, ema=decay, adam="float32")
+    options = SimpleNamespace(lr=1e-3, beta2=0.98, weight_decay=0.0, ema=decay)
     state, seen, weight = State(model, options, []), [], [1.0]
     seen.append(model.embedding.detach().clone())
     for i in range(30):

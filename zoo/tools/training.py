@@ -150,16 +150,17 @@ class State:
     the same file for any number of processes.
     """
 
-    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories]):
-        self.model, self.step, self.trajectories = model, 0, trajectories
-        self.moments = getattr(torch, o.adam)  # what AdamW stores its two in
+    def __init__(self, model: Transformer, o, trajectories: list[distributed.SharedTrajectories],
+                 moments: torch.dtype = torch.float32):  # fmt: skip
+        """moments: what AdamW stores its two in."""
+        self.model, self.step, self.trajectories, self.moments = model, 0, trajectories, moments
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names = sorted(self.trained, key=lambda n: self.trained[n].dim() < 2)  # as AdamW counts
         groups = [
             {"params": [p for p in self.trained.values() if p.dim() >= 2], "weight_decay": o.weight_decay},
             {"params": [p for p in self.trained.values() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        own = self.moments != torch.float32
+        own = moments != torch.float32
         kind, fused = adam.AdamW if own else torch.optim.AdamW, model.embedding.device.type in ("cuda", "cpu")
         self.optimizer = kind(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused and not own)
         self.decay = o.ema
