@@ -11,7 +11,7 @@ the next step reads.
 
 Training (Algorithm 1, diffusion_loss). Stage 1: a reference is fine-tuned with the plain masked loss and
 frozen. Stage 2: the target, from the same base, learns on e built from the reference's p (reference_context).
-Sampling (Algorithm 2, denoise) feeds it its own p of the step before; train.py trains on that by default.
+Sampling (Algorithm 2, denoise) feeds it its own p of the step before; trajectory_step trains it on that.
 
 Four things are made to be replaced: a weight (WEIGHTS: p -> alpha), a carry (Residual: logits -> what the
 next step reads), a commit rule (RULES: which cells to fix now) and a Reader (canvas -> logits).
@@ -116,8 +116,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer, heads, kv_heads = c, layer, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         self.q_proj = nn.Linear(c.d_model, heads, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, kv_heads, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, kv_heads, bias=c.qkv_bias)
+        self.k_proj, self.v_proj = (nn.Linear(c.d_model, kv_heads, bias=c.qkv_bias) for _ in range(2))
         self.o_proj = nn.Linear(heads, c.d_model, bias=False)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
@@ -131,17 +130,14 @@ class Attention(nn.Module):
         if cache is not None:  # (B, T, G, K) -> (B, S, G, K) -> (B, G, S, K)
             k, v = (x.transpose(1, 2) for x in cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2)))
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if callable(mask):
-            y = mask(q, k, v)  # (B, H, T, K)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)
+        y = mask(q, k, v) if callable(mask) else F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(d_model, d_ff, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -317,15 +313,6 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
         return residual_of(reference, n.x, n, residual, target.embedding)
     return context
 
-def earlier_context(residual: Residual) -> Context:
-    """Stage 2 without a reference (not in the paper): the residual is the target's own, as in sampling, from
-    one plain pass over an earlier canvas, with more masks. Trajectories (zoo/recipes.py) carry it further."""
-    def context(target: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
-        t = n.t + (1 - n.t) * n.uniform[:, :1]  # between t and 1
-        x, _ = mask_tokens(n.tokens, n.response, t, n.noise, target.config.mask_id)
-        return residual_of(target, x, n, residual, target.embedding)
-    return context
-
 def residual_of(model: Transformer, x: Tensor, n: Noised, residual: Residual, E: Tensor):
     """alpha (N,), Delta (N, D) at n.cells, from a forward of model on the ids x (B, T) without gradient."""
     with torch.no_grad():
@@ -373,6 +360,19 @@ def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Call
         return chunk(hidden, targets)
     again = lambda *rows: checkpoint(chunk, *rows, use_reentrant=False)  # noqa: E731
     return by_rows(again, CHUNK // model.config.vocab_size, hidden, targets)
+
+def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,
+                    residual: Residual, positions: Tensor | None = None, grad: bool = False):
+    """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads the target's own
+    residual of the step before, alpha (B, T), delta (B, T, D), where tokens (B, T) are masked. -> at these N
+    cells -log p(truth), next alpha and Delta, and the confidence by which zoo/recipes.py commits truth."""
+    cells, E = masked.nonzero(as_tuple=True), model.embedding
+    x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
+    x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
+    hidden = model.predicting(denoiser_hidden(model, x, tokens, positions), cells)  # (N, D)
+    def carry(logits: Tensor) -> tuple[Tensor, ...]:  # Eq. 3 and 1, and confidence
+        return *residual(logits, E, grad), predict(logits.detach(), Sampler(), None)[1]
+    return token_losses(model, hidden, tokens[cells], carry)
 
 # ---- 6. The sampler ----------------------------------------------------------------------------------------
 

@@ -34,11 +34,11 @@ import torch
 from torch import Generator, Tensor
 
 import data
-from rcd import earlier_context, maskable, reference_context
+from rcd import maskable, reference_context
 from zoo import lora, rivals, speed
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
-from zoo.recipes import sometimes_absent
+from zoo.recipes import earlier_context, sometimes_absent
 from zoo.tools import checks, distributed, models, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
 from zoo.tools.checks import RECIPES, implied

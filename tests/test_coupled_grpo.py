@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import zoo
 from data.sudoku import prepare
-from rcd import Residual, earlier_context
+from rcd import Residual
+from zoo.recipes import earlier_context
 from zoo.rivals.coupled_grpo import __main__ as command
 from zoo.rivals.coupled_grpo import advantages, draws, grpo_loss, log_probability
 

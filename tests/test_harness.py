@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_model
 
 import rcd
-from zoo import files
+from zoo import files, recipes
 from zoo.templates import encode_chat
 from zoo.tokenizer import bytes_tokenizer
 from zoo.tools import command, harness
@@ -67,8 +67,9 @@ def test_the_bound_of_a_target_reads_its_residual():
     """With alpha = 0 it is the plain one to the bit, with the model's own alpha another."""
     model, tokens = tiny_model(), [3, 1, 4, 1, 5, 9, 2]
     plain = bound(model, tokens, 2, 50)
-    assert bound(model, tokens, 2, 50, rcd.earlier_context(rcd.Residual("fixed", 0.0))) == plain
-    assert bound(model, tokens, 2, 50, rcd.earlier_context(rcd.Residual())) != pytest.approx(plain, rel=1e-3)
+    nothing, own = (recipes.earlier_context(rcd.Residual(*w)) for w in (("fixed", 0.0), ()))
+    assert bound(model, tokens, 2, 50, nothing) == plain
+    assert bound(model, tokens, 2, 50, own) != pytest.approx(plain, rel=1e-3)
 
 
 def test_without_the_package_it_is_one_line(monkeypatch, capsys):

@@ -14,10 +14,10 @@ import data
 import rcd
 import train
 from data.common import write_dataset
-from rcd import Config, Noised, Residual, Transformer, earlier_context
-from zoo import recipes
+from rcd import Config, Noised, Residual, Transformer
 from zoo.decoding import Carry
-from zoo.recipes import Trajectories, document_positions, init_weights, noise_levels, sometimes_absent
+from zoo.recipes import (Trajectories, document_positions, earlier_context, init_weights, noise_levels,
+                         sometimes_absent)  # fmt: skip
 from zoo.tokenizer import CharTokenizer
 from zoo.tools.training import State, draw_t
 
@@ -156,9 +156,9 @@ def test_a_trajectory_may_end_within_a_window(tiny):
 def test_chunks_change_no_step_of_a_trajectory(tiny, monkeypatch, window, residual):
     """What a step commits and carries is read from the logits of its loss, chunk by chunk. In backward it is
     not read again without need: a window of one carries no gradient on."""
-    results, calls, predict = [], [], recipes.predict
+    results, calls, predict = [], [], rcd.predict
     response = (torch.arange(6) > 1).expand(4, 6)  # two given tokens: on an empty canvas all cells are alike
-    monkeypatch.setattr(recipes, "predict", lambda *a: (calls.append(1), predict(*a))[1])
+    monkeypatch.setattr(rcd, "predict", lambda *a: (calls.append(1), predict(*a))[1])
     for chunk, tile in ((1 << 25, 1 << 19), (40, 12), (1, 1)):
         monkeypatch.setattr(rcd, "CHUNK", chunk)
         monkeypatch.setattr(rcd, "TILE", tile)

@@ -1,7 +1,7 @@
 """How stage 2 can be trained beyond Algorithm 1: where the target gets the residual that it learns to read.
 
 In Algorithm 1 (rcd.reference_context) the target sees a reference's p at the *same* x_t. Sampling feeds it
-its own p, of the step before, which has not seen the newest tokens. `rcd.earlier_context` and `Trajectories`
+its own p, of the step before, which has not seen the newest tokens. `earlier_context` and `Trajectories`
 train on what sampling will feed. None of this is in the paper. Below it: initial weights, and packed rows.
 """
 
@@ -11,8 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from rcd import (RULES, Candidates, Config, Context, Noised, Residual, Sampler, Transformer, denoiser_hidden,
-                 maskable, mix, predict, sample_t, token_losses)  # fmt: skip
+from rcd import (RULES, Candidates, Config, Context, Noised, Residual, Sampler, Transformer, mask_tokens,
+                 maskable, residual_of, sample_t, trajectory_step)  # fmt: skip
+
+
+def earlier_context(residual: Residual) -> Context:
+    """The residual is the target's own, from one plain pass over an earlier canvas, with more masks."""
+
+    def context(target: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
+        t = n.t + (1 - n.t) * n.uniform[:, :1]  # between t and 1
+        x, _ = mask_tokens(n.tokens, n.response, t, n.noise, target.config.mask_id)
+        return residual_of(target, x, n, residual, target.embedding)
+
+    return context
 
 
 def sometimes_absent(context: Context, probability: float) -> Context:
@@ -100,19 +111,9 @@ class Trajectories:
             u, v, w = self.draws(len(empty), generator)
             s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
-        masked, E = s["masked"], model.embedding
-        cells = masked.nonzero(as_tuple=True)  # N cells
-        x = model.embed_tokens(s["tokens"].masked_fill(masked, c.mask_id))
-        x = mix(x, cells, s["alpha"][cells], s["delta"][cells].to(E.dtype), E[c.mask_id])
-        hidden = denoiser_hidden(model, x, s["tokens"], s.get("positions"))  # (B, T, D)
-
-        def carry(logits: Tensor) -> tuple[Tensor, ...]:
-            """What a denoising step takes from them: alpha, Delta, and the confidence to commit by."""
-            _, confidence = predict(logits.detach(), Sampler(), generator)
-            return *residual(logits, E, grad=self.window > 1), confidence
-
-        targets, hidden = s["tokens"][cells], model.predicting(hidden, cells)  # (N,), (N, D)
-        nll, alpha, delta, confidence = token_losses(model, hidden, targets, carry)
+        masked, cells = s["masked"], s["masked"].nonzero(as_tuple=True)  # N cells
+        given = s["tokens"], masked, s["alpha"], s["delta"], residual, s.get("positions")
+        nll, alpha, delta, confidence = trajectory_step(model, *given, grad=self.window > 1)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) noise level of each document
         loss = (nll / t[document[cells]] if self.bound else nll).sum() / self.size()
 

@@ -280,19 +280,23 @@ def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
 
 
 def rivals_on(task: str) -> Experiment:
-    """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD."""
+    """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD.
+
+    SeqD with twice the steps is the control for compute: no carry here costs more than two of its steps.
+    """
     e = EXPERIMENTS[task]
-    kept, runs = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.runs | RIVALS
-    about = f"{task}: what is carried from step to step, by other papers"
-    more = next(c.more for c in e.curves if c.label == "RCD")
-    curves = [*kept, Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
+    kept, more = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.curves[0].more
+    runs = e.runs | {"seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
+    curves = [*kept, Curve("SeqD, twice the steps", "seqd-twice", {"carry": "none"}, more=more),
+              Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
     curves += [Curve(name, name, more=more) for name in RIVALS]
-    return replace(e, about=about, runs=runs, curves=curves, folder=e.folder or task)
+    about = f"{task}: what is carried from step to step, by other papers"
+    return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
 
 
 EXPERIMENTS |= {
     "rivals": rivals_on("sudoku"),
-    "rivals-sums": rivals_on("sums"),
+    "rivals-sums": rivals_on("sums-alike"),
     "rules": replace(
         EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by other papers' rules",
         curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)],

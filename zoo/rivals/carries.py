@@ -65,7 +65,8 @@ def own_context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
     """Where the second pass gets its alpha and Delta: from the model's own carry after a first, plain pass.
 
     It reads the same x_t, and no gradient goes through it. If carry.differentiable, it reads an earlier
-    state of the canvas, between t and 1 (rcd.earlier_context), and the gradient goes through both passes.
+    state of the canvas, between t and 1, as zoo.recipes.earlier_context does, and the gradient goes through
+    both passes.
     """
     carry, x = of(model), n.x
     if carry.differentiable:

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 import zoo
-from rcd import Context, Transformer, canvas_for, diffusion_loss, earlier_context, maskable
+from rcd import Context, Transformer, canvas_for, diffusion_loss, maskable
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
+from zoo.recipes import earlier_context
 from zoo.templates import encode_chat, render
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, load_reference, recommended

@@ -21,9 +21,10 @@ import torch
 
 import data
 import zoo
-from rcd import Sampler, check, denoise, earlier_context
+from rcd import Sampler, check, denoise
 from zoo.decoding import Carry, carry_options
 from zoo.progress import progress
+from zoo.recipes import earlier_context
 from zoo.rivals.coupled_grpo import advantages, draws, grpo_loss, log_probability
 from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
