@@ -248,7 +248,7 @@ def train_stage(stage: str, r: models.Run) -> None:
 
     if state.step < steps:
         state.save(folder, frozen)
-        training.stopped(stage, state.step, steps)
+        training.stopped(stage, state, steps)
     state.finish()
     meta |= {"step": steps, "tokens": steps * tokens_per_step, "val_loss": log.last().get("val_loss")}
     result = distributed.whole(model) if sharded else lora.merge(model)

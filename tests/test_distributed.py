@@ -1,8 +1,10 @@
 """train.py as several processes on one machine (gloo): the same weights, and runs that nothing destroys."""
 
 import dataclasses
+import errno
 import faulthandler
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -14,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_conversion import write_folder
 from test_train import TINY, stopped, write_packed
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import data
 import train
@@ -206,6 +210,63 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
     shard = next((Path("out/cut/target") / checks.SHARDS).glob("shard*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert run(1, [*options, "--name=cut", "--resume"]) == [2]
+
+
+def slow(*options: str) -> None:
+    """A job: train.py, whose first state is not written before its third step. Process 0 keeps a copy."""
+    inner, write, go = train.learning_rate, HuggingFaceStorageWriter.write_data, threading.Event()
+
+    def rate(o, at, whole):
+        if at == 3:
+            assert not Path("out/slow/target", checks.SHARDS).exists()
+            go.set()
+        if at == 3 and distributed.rank() == 0:
+            while not Path("out/slow/target", checks.SHARDS).exists():
+                time.sleep(0.01)
+            shutil.copytree("out/slow/target", "out/kept/target")
+        return inner(o, at, whole)
+
+    def write_data(*given):
+        assert go.wait(100)
+        return write(*given)
+
+    train.learning_rate, HuggingFaceStorageWriter.write_data = rate, write_data
+    sys.argv = ["train.py", *TINY, *SHORT, *options]
+    train.main()
+
+
+def full(*options: str) -> None:
+    """A job: train.py, but a process other than 0 finds its disk full when it writes its second state."""
+    write, count = HuggingFaceStorageWriter.write_data, itertools.count(1)
+
+    def write_data(*given):
+        if distributed.rank() and next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*given)
+
+    HuggingFaceStorageWriter.write_data, sys.argv = write_data, ["train.py", *TINY, *SHORT, *options]
+    if distributed.rank() == 0:
+        sys.stderr = open("told", "w", buffering=1)
+    train.main()
+
+
+def test_shards_are_written_while_training_goes_on(data_sets, tmp_path, monkeypatch):
+    """The state on the disk is of the step in which it was saved, not of those taken since."""
+    monkeypatch.chdir(tmp_path)
+    options = [f"--data={data_sets}/sudoku", "--recipe=trajectory", "--buffer=2", "--ema=0.5", "--steps=5",
+               "--eval_every=2"]  # fmt: skip
+    assert run(1, [*options, "--name=one"]) == [0]
+    options += ["--stage=target", "--init_from=out/one/base", "--shard=full"]
+    assert run(2, functools.partial(slow, *options, "--name=slow")) == [0, 0]
+    assert run(2, [*options, "--name=kept", "--resume"]) == [0, 0]
+    expected = tensors(Path("out/one/target"))
+    for name in ("slow", "kept"):
+        for key, value in tensors(Path(f"out/{name}/target")).items():
+            torch.testing.assert_close(expected[key], value, atol=1e-5, rtol=0)
+    assert run(2, functools.partial(full, *options, "--name=full")) == [2, 2]
+    *_, last = Path("told").read_text().splitlines()
+    assert re.match("error: .*No space left on device", last)
+    assert distributed.facts_of_shards(Path("out/full/target") / checks.SHARDS)["step"] == "2"
 
 
 def on_the_host(steps: list[int], *options: str) -> None:

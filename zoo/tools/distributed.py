@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,21 @@ def anyone(flag: bool) -> bool:
     return int(total(torch.tensor(int(flag)))) > 0
 
 
-def once(work: Callable[[], None]) -> None:
-    """Process 0 does it, and the others wait for it. If it fails there, they end without a word."""
+def agreed(work: Callable[[], None]) -> None:
+    """Every process does it, and they wait for each other. Where it fails says why; the others end without a
+    word."""
     failed = None
-    if rank() == 0:
-        try:
-            work()
-        except Exception as error:
-            failed = error
+    try:
+        work()
+    except Exception as error:
+        failed = error
     if anyone(failed is not None):
         raise failed or SystemExit(2)
+
+
+def once(work: Callable[[], None]) -> None:
+    """Process 0 does it, and the others wait for it."""
+    agreed(work if rank() == 0 else lambda: None)
 
 
 # ---- Rows
@@ -313,35 +319,67 @@ def clip(model: Transformer, most: float) -> Tensor:
 # ---- A state in shards: a folder of safetensors, one file of each process, and what process 0 adds
 
 
-def save_shards(path: Path, before: Path, shards: dict[str, Tensor], more: dict[str, Tensor],
-                facts: dict[str, str]) -> None:  # fmt: skip
-    """Every process writes its rows. The folder gets its name when all of it is written; the one that had
-    the name is called `before` then."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+class Shards:
+    """Writes a state while training goes on. Every process copies its rows to the host and writes them from
+    there. When all of them have, process 0 gives the folder its name; until then the state before it stands.
+    """
 
-    new = path.with_name(path.name + ".new")
+    def __init__(self):
+        self.pending, self.thread = None, ThreadPoolExecutor(1)
+        # Its own group: the processes agree on what is written while the default one adds up gradients.
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
 
-    def begin() -> None:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+    def save(self, path: Path, before: Path, shards: dict[str, Tensor], more: dict[str, Tensor],
+             facts: dict[str, str]) -> None:  # fmt: skip
+        """Begin to write `path`; the folder that has the name is called `before` then. One state at a time:
+        waits for the last one. Raises its OSError."""
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
-    def end() -> None:
-        save_file(more, new / "more.safetensors", metadata=facts | {"files": str(processes() + 1)})
-        for file in new.iterdir():
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-        if path.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(path, before)
-        os.replace(new, path)
+        self.wait()
+        new = path.with_name(path.name + ".new")
 
-    once(begin)
-    save(shards, storage_writer=HuggingFaceStorageWriter(str(new), save_distributed=True))
-    once(end)
+        def begin() -> None:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            save_file(more, new / "more.safetensors", metadata=facts | {"files": str(processes() + 1)})
+
+        def end() -> None:
+            for file in new.iterdir():
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())
+            if path.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(path, before)
+            os.replace(new, path)
+
+        once(begin)
+        writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+        written = async_save(shards, storage_writer=writer, process_group=self.group)
+
+        def finish() -> None:
+            written.result()  # process 0 has it when all have written
+            if rank() == 0:
+                end()
+
+        self.pending = self.thread.submit(finish)
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises OSError if it could not be."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        def result() -> None:
+            try:
+                pending.result()
+            except CheckpointException as error:  # of the processes that failed
+                raise OSError(*next(iter(error.failures.values()))[0].args) from None
+
+        pending, self.pending = self.pending, None
+        if pending:
+            agreed(result)
 
 
 def facts_of_shards(path: Path) -> dict[str, str]:
-    """What save_shards() was told. Raises OSError or SafetensorError if a file is missing or was cut off."""
+    """What Shards.save() was told. Raises OSError or SafetensorError if a file is missing or was cut off."""
     with safe_open(path / "more.safetensors", "pt") as f:
         facts = f.metadata()
     files = [*path.glob("*.safetensors")]

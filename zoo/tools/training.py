@@ -165,6 +165,7 @@ class State:
         self.optimizer = kind(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused and not own)
         self.decay = o.ema
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
+        self.shards = distributed.Shards() if hasattr(model.embedding, "to_local") else None
 
     def average(self) -> None:
         """Move the average towards the weights of this step. The decay rises: early weights are forgotten."""
@@ -175,6 +176,7 @@ class State:
 
     def finish(self) -> None:
         """Give the model its moving average, if there is one."""
+        self.wait()
         with torch.no_grad():
             for name, average in self.ema.items():
                 self.trained[name].copy_(average)
@@ -186,16 +188,22 @@ class State:
             found |= {f"{key}.{self.names[index]}": value for key, value in values.items()}
         return found | {f"ema.{n}": p for n, p in self.ema.items()}
 
+    def wait(self) -> None:
+        """Until a state that is being written is there."""
+        if self.shards:
+            self.shards.wait()
+
     def save(self, folder: Path, options: dict[str, str]) -> None:
-        """Process 0 writes the file. The state before it stays, under another name, until the next save."""
+        """Process 0 writes the file. The state before it stays, under another name, until the next save. In
+        shards all processes write, and training goes on meanwhile: see wait()."""
         tensors, under_way = self.tensors(), {}
         for i, group in enumerate(self.trajectories):
             whole = {n: distributed.gather(v, group.rows) for n, v in group.state.items()}
             under_way |= {f"trajectory{i}.{n}": v.contiguous() for n, v in whole.items() if v is not None}
         meta = {"step": str(self.step), **options}
-        if hasattr(self.model.embedding, "to_local"):
+        if self.shards:
             shards = {n: x for n, x in tensors.items() if not n.startswith("step.")}  # that is self.step
-            distributed.save_shards(folder / SHARDS, folder / SHARDS_BEFORE, shards, under_way, meta)
+            self.shards.save(folder / SHARDS, folder / SHARDS_BEFORE, shards, under_way, meta)
             return
 
         def write(path: Path) -> None:
@@ -338,10 +346,11 @@ def open_log(path: Path, *facts) -> Log | NoLog:
     return NoLog() if distributed.rank() else Log(path, *facts)
 
 
-def stopped(stage: str, step: int, steps: int) -> None:
+def stopped(stage: str, state: State, steps: int) -> None:
     """Say how to go on after Ctrl-C or SIGTERM, all being saved. Raises KeyboardInterrupt."""
+    state.wait()
     go_on = f"saved; go on with: {command(resume=True)}"
-    print(f"\n{stage}: stopped at step {step} of {steps}, {go_on}", file=sys.stderr)
+    print(f"\n{stage}: stopped at step {state.step} of {steps}, {go_on}", file=sys.stderr)
     raise KeyboardInterrupt
 
 
