@@ -1,0 +1,82 @@
+"""zoo/tools/redundancy.py: which answers are kept, what the data set holds, and that train.py reads it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import TINY
+
+import data
+import train
+import zoo
+from data.sudoku import prepare
+from rcd import denoise
+from zoo.decoding import Decoding
+from zoo.tools import command, redundancy
+
+
+@pytest.fixture
+def sudoku(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["--out=puzzles", "--train=64", "--val=16", "--test=16"])
+    return data.load("puzzles")
+
+
+def make(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["redundancy", "--data=puzzles", "--device=cpu", *options])
+    redundancy.main()
+
+
+def test_the_answers_of_fewest_passes_are_kept(sudoku, monkeypatch, capsys):
+    """Each canvas is answered by itself here, not in a batch."""
+    make(monkeypatch, "--items=24", "--keep=0.25", "--batch=10", "--dtype=float32")
+    model, own = zoo.load("sudoku/reference").model, data.load("out/redundancy")
+    tokens, response = sudoku.tokens("train").astype("int64"), sudoku.response("train").copy()
+    tokens, response = torch.from_numpy(tokens), torch.from_numpy(response)
+    answered, scores = [], []
+    for x, fill in zip(tokens[:24], response[:24]):
+        canvas = x.masked_fill(fill, model.config.mask_id)[None]
+        *_, last = denoise(model, canvas, Decoding(rule="r2", threshold=0.9, rescue=0.8, carry="none"))
+        answered.append(last.tokens[0].tolist())
+        scores.append(last.nfe.item() / int(fill.sum()))
+    kept = own.tokens("train").tolist()
+    rows = [answered.index(row) for row in kept]
+    assert len(kept) == 6 and rows == sorted(rows)
+    assert max(scores[i] for i in rows) <= min(s for i, s in enumerate(scores) if i not in rows)
+    assert np.array_equal(own.response("train"), response.numpy()[rows])
+    for split in ("val", "test"):
+        assert np.array_equal(own.tokens(split), sudoku.tokens(split))
+    assert own.meta["splits"] == {"train": 6, "val": 16, "test": 16}
+    mean = sum(scores) / 24
+    assert f"6 of 24 answers -> out/redundancy ({mean:.3f} passes per token" in capsys.readouterr().out
+
+
+def test_what_is_kept_of_equal_ones_is_drawn():
+    scores = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.25, 0.5])
+    kept = {tuple(redundancy.least_redundant(scores, 0.5, seed).tolist()) for seed in range(40)}
+    assert kept == {(0, 1, 4), (1, 2, 4), (1, 3, 4), (1, 4, 5)}
+
+
+def test_train_learns_from_them(sudoku, monkeypatch):
+    make(monkeypatch, "--items=20", "--dtype=float32")
+    options = ["--data=out/redundancy", "--stage=reference", "--init_from=sudoku/reference", "--steps=2",
+               "--weighting=complementary", "--batch_size=4", "--test_items=0", "--eval_items=0", "--name=x"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *options])
+    train.main()
+    assert Path("out/x/reference/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options,message", [
+    (["--keep=0"], "keep=0.0 should be above 0 and at most 1"),
+    (["--items=0"], "items=0, batch=250: at least 1 each"),
+    (["--out=puzzles"], "--out=puzzles is the data set that is read"),
+    (["--data=nothing"], "no data set 'nothing'"),
+])  # fmt: skip
+def test_mistakes_are_one_line(sudoku, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["redundancy", "--data=puzzles", *options])
+    with pytest.raises(SystemExit):
+        command.run(redundancy.main)
+    told = capsys.readouterr().err.strip()
+    assert message in told and "\n" not in told

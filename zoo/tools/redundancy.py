@@ -1,0 +1,114 @@
+"""Data for R2-dLLM's fine-tuning (arXiv 2604.18995), in kind: a model's own least redundant answers.
+
+In the paper a model answers by its quick commit rules. The answers are ranked by how redundant their decoding
+was, and the model is trained on the best of them, each masked twice, with a mask and its complement. The
+paper's score (Eq. 5) is not public. Here it is passes per token. No right answer is read.
+
+What comes out is a data set like the one that the canvases come from, with another train split.
+
+Examples:
+  python -m zoo.tools.redundancy            answers of the shipped SeqD model to Sudoku
+  python train.py --data=out/redundancy --stage=reference --weighting=complementary \\
+                  --init_from=sudoku/reference
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+import data
+import zoo
+from data.common import claimed, write_array
+from rcd import Residual, Transformer, check, denoise
+from zoo.decoding import Carry, Decoding, carry_options
+from zoo.files import write_atomic
+from zoo.progress import progress
+from zoo.tools.command import arguments, autocast, pick_device, run
+
+
+@dataclass
+class Options:
+    """whose answers, to what, and how many are kept"""
+
+    model: str = "sudoku/reference"  # run folder, name of a run under out/ or of a model in zoo/
+    data: str = "sudoku"  # data set, by name or folder: its train split is answered
+    out: str = "out/redundancy"  # folder of the new data set
+    items: int = 4000  # canvases to answer: the first ones of the train split
+    keep: float = 0.5  # share of the answers that is kept
+    batch: int = 250  # canvases side by side
+    threshold: float = 0.9  # of --rule=r2: confidence that commits
+    rescue: float = 0.8  # of --rule=r2: mean of a window, run or streak that commits
+    seed: int = 1337  # breaks ties of the score
+    device: str = ""  # cuda | mps | cpu; default: the best one found
+    dtype: str = ""  # bfloat16 | float16 | float32, of the model's matmuls
+
+    def __post_init__(self):
+        check(self.items > 0 and self.batch > 0, f"items={self.items}, batch={self.batch}: at least 1 each")
+        check(0 < self.keep <= 1, f"keep={self.keep} should be above 0 and at most 1")
+
+
+def answers(model: Transformer, tokens: Tensor, response: Tensor, s: Decoding, residual: Residual,
+            batch: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """tokens, response (N, L) -> what the model fills in (N, L), and its passes per filled token (N,)."""
+    filled, scores, device = [], [], model.embedding.device
+    with progress(len(tokens), "answers", "canvases") as bar:
+        for x, fill in zip(tokens.split(batch), response.split(batch)):
+            canvas = x.masked_fill(fill, model.config.mask_id)
+            *_, last = denoise(model, canvas, s, residual, generator=Generator(device).manual_seed(0))
+            filled.append(last.tokens)
+            scores.append(last.nfe / fill.sum(1))
+            bar.update(len(x))
+    return torch.cat(filled), torch.cat(scores)
+
+
+def least_redundant(scores: Tensor, keep: float, seed: int) -> Tensor:
+    """The rows (n,) of the lowest scores, in order; which of two equal ones is decided by the seed."""
+    tie = torch.rand(len(scores), generator=Generator().manual_seed(seed), dtype=torch.float64)
+    order = np.lexsort((tie.numpy(), scores.numpy()))[: max(1, round(keep * len(scores)))]
+    return torch.from_numpy(np.sort(order))
+
+
+def main() -> None:
+    (o,) = arguments(__doc__, Options)
+    device, dtype, reason = pick_device(o.device, o.dtype)
+    loaded, dataset, out = zoo.load(o.model, device), data.load(o.data), Path(o.out)
+    packed = dataset.response("train") is None or dataset.segments("train") is not None
+    check(not packed, f"--data={o.data}: the answers need canvases of examples, one to a row")
+    check(out.resolve() != dataset.folder.resolve(), f"--out={o.out} is the data set that is read")
+    with claimed(out):
+        print(f"{reason}\n{loaded.folder} answers {dataset.folder}")
+        tokens, response = dataset.tokens("train")[: o.items], dataset.response("train")[: o.items]
+        tokens, response = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(response.copy())
+        s = Decoding(rule="r2", threshold=o.threshold, rescue=o.rescue,
+                     carry="residual" if loaded.meta.get("stage") == "target" else "none")  # fmt: skip
+        residual = Carry(**carry_options(loaded.meta.get("residual", {})))
+        with autocast(device, dtype):
+            filled, scores = answers(loaded.model, tokens, response, s, residual, o.batch)
+        kept = least_redundant(scores, o.keep, o.seed)
+
+        (out / "meta.json").unlink(missing_ok=True)  # until all of it is there, it is no data set
+        for path in dataset.folder.iterdir():
+            if path.suffix in (".npy", ".json") and not path.name.startswith(("train", "meta")):
+                shutil.copyfile(path, out / path.name)
+        write_array(out / "train.npy", filled[kept].numpy().astype(dataset.tokens("train").dtype))
+        write_array(out / "train_response.npy", response[kept].numpy())
+        answered = {"answers": {"model": o.model, "rule": "r2", "threshold": o.threshold, "rescue": o.rescue}}
+        meta = dataset.meta | answered | {"splits": dataset.meta["splits"] | {"train": len(kept)}}
+        write_atomic(out / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
+    told = f"{scores.mean():.3f} passes per token, {scores[kept].mean():.3f} of those kept"
+    print(f"{len(kept):,} of {len(scores):,} answers -> {out} ({told})")
+    trained = f"--data={out} --stage=reference --init_from={o.model} --weighting=complementary"
+    print(f"try: python train.py {trained}")
+
+
+if __name__ == "__main__":
+    run(main)
