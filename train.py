@@ -225,7 +225,7 @@ def train_stage(stage: str, r: models.Run) -> None:
             norm = distributed.clip(model, o.clip or math.inf)
             if not math.isfinite(total + norm):  # on a GPU the host waits here
                 again, _ = generators(*seeds, device=device)
-                training.not_finite(folder, o, state.step, total, draw(o.batch_size, again), turn(state.step))
+                training.not_finite(folder, o, state, total, draw(o.batch_size, again), turn(state.step))
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.average()

@@ -354,27 +354,28 @@ def stopped(stage: str, state: State, steps: int) -> None:
     raise KeyboardInterrupt
 
 
-def not_finite(folder: Path, o, step: int, loss: Tensor, batch: Batch,
+def not_finite(folder: Path, o, state: State, loss: Tensor, batch: Batch,
                under_way: list[distributed.SharedTrajectories]) -> None:  # fmt: skip
     """Write what a step read whose loss or gradient is no number, and raise ValueError. The weights are still
     those before it.
 
     under_way: the trajectories that took the step, in place of the batch.
     """
+    state.wait()
     names, path = ("tokens", "response", "positions"), folder / "not-finite.safetensors"
     read = {n: [x] for n, x in zip(names, batch) if x is not None}
     if under_way:
         read = {n: [distributed.gather(g.state[n], g.rows) for g in under_way] for n in read}
 
     def write(temporary: Path) -> None:
-        facts = {"step": str(step + 1), "loss": str(float(loss))}
+        facts = {"step": str(state.step + 1), "loss": str(float(loss))}
         save_file({n: torch.cat(x).contiguous() for n, x in read.items()}, temporary, metadata=facts)
 
     distributed.once(lambda: write_atomic(path, write))
     what = "loss" if not loss.isfinite() else "gradient"
     remedy = f"lower --lr (now {o.lr}) or raise --warmup, and start again with --overwrite"
     kept = f"its batch is in {path}, what was saved before is still there"
-    raise ValueError(f"the {what} became infinite, or no number, at step {step + 1}: {kept}; {remedy}")
+    raise ValueError(f"the {what} became infinite, or no number, at step {state.step + 1}: {kept}; {remedy}")
 
 
 def validate(model: Transformer, draw: Draw, context: Context | None, device: torch.device,
