@@ -241,7 +241,6 @@ EXPERIMENTS = {
 # Other papers' methods (zoo/rivals), on the runs that the tables above are made of.
 RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay")
 RIVALS = {name: f"--stage=target --recipe={name} {FROM_BASE}" for name in RECIPES}
-RIVALS["window-2"] = f"{TRAJECTORY} --window=2 --batch_size=64"  # as PUMBA trains: as many tokens, two steps
 POLICIES = {"policy-1": "--model={rcd} --power=1", "policy-1-seqd": "--model={seqd} --power=1"}
 
 
@@ -282,14 +281,21 @@ def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
 def rivals_on(task: str) -> Experiment:
     """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD.
 
-    SeqD with twice the steps is the control for compute: no carry here costs more than two of its steps.
+    A window of two steps, as PUMBA trains, has half of the canvases then. No carry here costs more than two
+    of SeqD's steps: SeqD and the window with twice the tokens are the control for compute.
     """
     e = EXPERIMENTS[task]
     kept, more = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.curves[0].more
+    batch = re.search(r"--batch_size=(\d+)", e.options)
+    batch = int(batch[1]) if batch else 128  # train.py's
     runs = e.runs | {"seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
-    curves = [*kept, Curve("SeqD, twice the steps", "seqd-twice", {"carry": "none"}, more=more),
-              Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
+    runs |= {name: f"{TRAJECTORY} --window=2 --batch_size={rows}"
+             for name, rows in (("window-2", batch // 2), ("window-2-twice", batch))}  # fmt: skip
+    curves = [*kept, Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
     curves += [Curve(name, name, more=more) for name in RIVALS]
+    curves += [Curve("RCD, window of 2", "window-2", more=more),
+               Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=more),
+               Curve("RCD, window of 2, twice the tokens", "window-2-twice", more=more)]  # fmt: skip
     about = f"{task}: what is carried from step to step, by other papers"
     return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
 
