@@ -1,4 +1,4 @@
-"""zoo/tools/redundancy.py: which answers are kept, what the data set holds, and that train.py reads it."""
+"""zoo/rivals/redundancy: which answers are kept, what the data set holds, and that train.py reads it."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,9 @@ import zoo
 from data.sudoku import prepare
 from rcd import denoise
 from zoo.decoding import Decoding
-from zoo.tools import command, redundancy
+from zoo.rivals import redundancy
+from zoo.rivals.redundancy import __main__ as answering
+from zoo.tools import command
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def sudoku(tmp_path, monkeypatch):
 
 def make(monkeypatch, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["redundancy", "--data=puzzles", "--device=cpu", *options])
-    redundancy.main()
+    answering.main()
 
 
 def test_the_answers_of_fewest_passes_are_kept(sudoku, monkeypatch, capsys):
@@ -77,6 +79,6 @@ def test_train_learns_from_them(sudoku, monkeypatch):
 def test_mistakes_are_one_line(sudoku, monkeypatch, capsys, options, message):
     monkeypatch.setattr(sys, "argv", ["redundancy", "--data=puzzles", *options])
     with pytest.raises(SystemExit):
-        command.run(redundancy.main)
+        command.run(answering.main)
     told = capsys.readouterr().err.strip()
     assert message in told and "\n" not in told

@@ -21,8 +21,8 @@
 | `trajectory`, as PUMBA trains | ../recipes.py | own steps, gradient through --window | Apple, 2026 |
 
 A trained carry is part of the model (carries.py): every Decoding of it uses it. Where a paper is read with a
-liberty, its file says so. R2-dLLM's fine-tuning, in kind, is zoo/tools/redundancy.py. Not here: tokens that
-stay revisable (EvoToken, DMax); LoopMDM (arXiv 2605.26106), whose formulas are not public.
+liberty, its file says so. R2-dLLM's fine-tuning, in kind, is redundancy/. Not here: tokens that stay
+revisable (EvoToken, DMax); LoopMDM (arXiv 2605.26106), whose formulas are not public.
 """
 
 from zoo.rivals import carries

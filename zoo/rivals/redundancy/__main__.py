@@ -1,13 +1,10 @@
-"""Data for R2-dLLM's fine-tuning (arXiv 2604.18995), in kind: a model's own least redundant answers.
+"""Make the data for R2-dLLM's fine-tuning, in kind: a model's own least redundant answers.
 
-In the paper a model answers by its quick commit rules. The answers are ranked by how redundant their decoding
-was, and the model is trained on the best of them, each masked twice, with a mask and its complement. The
-paper's score (Eq. 5) is not public. Here it is passes per token. No right answer is read.
-
-What comes out is a data set like the one that the canvases come from, with another train split.
+What comes out is a data set like the one that the canvases come from, with another train split. Then
+train.py --weighting=complementary trains on it, as the package says.
 
 Examples:
-  python -m zoo.tools.redundancy            answers of the shipped SeqD model to Sudoku
+  python -m zoo.rivals.redundancy           answers of the shipped SeqD model to Sudoku
   python train.py --data=out/redundancy --stage=reference --weighting=complementary \\
                   --init_from=sudoku/reference
 """
@@ -23,15 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
 
 import data
 import zoo
 from data.common import claimed, write_array
-from rcd import Residual, Transformer, check, denoise
+from rcd import check
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
-from zoo.progress import progress
+from zoo.rivals.redundancy import answers, least_redundant
 from zoo.tools.command import arguments, autocast, pick_device, run
 
 
@@ -54,27 +50,6 @@ class Options:
     def __post_init__(self):
         check(self.items > 0 and self.batch > 0, f"items={self.items}, batch={self.batch}: at least 1 each")
         check(0 < self.keep <= 1, f"keep={self.keep} should be above 0 and at most 1")
-
-
-def answers(model: Transformer, tokens: Tensor, response: Tensor, s: Decoding, residual: Residual,
-            batch: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """tokens, response (N, L) -> what the model fills in (N, L), and its passes per filled token (N,)."""
-    filled, scores, device = [], [], model.embedding.device
-    with progress(len(tokens), "answers", "canvases") as bar:
-        for x, fill in zip(tokens.split(batch), response.split(batch)):
-            canvas = x.masked_fill(fill, model.config.mask_id)
-            *_, last = denoise(model, canvas, s, residual, generator=Generator(device).manual_seed(0))
-            filled.append(last.tokens)
-            scores.append(last.nfe / fill.sum(1))
-            bar.update(len(x))
-    return torch.cat(filled), torch.cat(scores)
-
-
-def least_redundant(scores: Tensor, keep: float, seed: int) -> Tensor:
-    """The rows (n,) of the lowest scores, in order; which of two equal ones is decided by the seed."""
-    tie = torch.rand(len(scores), generator=Generator().manual_seed(seed), dtype=torch.float64)
-    order = np.lexsort((tie.numpy(), scores.numpy()))[: max(1, round(keep * len(scores)))]
-    return torch.from_numpy(np.sort(order))
 
 
 def main() -> None:
