@@ -365,7 +365,7 @@ def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: T
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
     """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads the target's own
     residual of the step before, alpha (B, T), delta (B, T, D), where tokens (B, T) are masked. -> at these N
-    cells -log p(truth), next alpha and Delta, and the confidence by which zoo/recipes.py commits truth."""
+    cells -log p(truth), the next alpha and Delta, and the confidence, by which Trajectories commits."""
     cells, E = masked.nonzero(as_tuple=True), model.embedding
     x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
     x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
