@@ -364,15 +364,15 @@ def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Call
 def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
     """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads the target's own
-    residual of the step before, alpha (B, T), delta (B, T, D), where tokens (B, T) are masked. -> at these N
-    cells -log p(truth), the next alpha and Delta, and the confidence, by which Trajectories commits."""
+    residual of the step before, alpha (B, T), delta (B, T, D), where tokens (B, T) are masked. -> these N
+    cells, and at them -log p(truth), the next alpha, Delta, the confidence by which Trajectories commits."""
     cells, E = masked.nonzero(as_tuple=True), model.embedding
     x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
     x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
     hidden = model.predicting(denoiser_hidden(model, x, tokens, positions), cells)  # (N, D)
     def carry(logits: Tensor) -> tuple[Tensor, ...]:  # Eq. 3 and 1, and confidence
         return *residual(logits, E, grad), predict(logits.detach(), Sampler(), None)[1]
-    return token_losses(model, hidden, tokens[cells], carry)
+    return cells, *token_losses(model, hidden, tokens[cells], carry)
 
 # ---- 6. The sampler ----------------------------------------------------------------------------------------
 

@@ -111,9 +111,9 @@ class Trajectories:
             u, v, w = self.draws(len(empty), generator)
             s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
-        masked, cells = s["masked"], s["masked"].nonzero(as_tuple=True)  # N cells
+        masked = s["masked"]
         given = s["tokens"], masked, s["alpha"], s["delta"], residual, s.get("positions")
-        nll, alpha, delta, confidence = trajectory_step(model, *given, grad=self.window > 1)
+        cells, nll, alpha, delta, confidence = trajectory_step(model, *given, grad=self.window > 1)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) noise level of each document
         loss = (nll / t[document[cells]] if self.bound else nll).sum() / self.size()
 

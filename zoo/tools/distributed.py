@@ -364,14 +364,15 @@ class Shards:
         self.pending = self.thread.submit(finish)
 
     def wait(self) -> None:
-        """Until what was begun is written. Raises OSError if it could not be."""
+        """Until what was begun is written. If it could not be, process 0 raises why; the others end."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         def result() -> None:
             try:
                 pending.result()
-            except CheckpointException as error:  # of the processes that failed
-                raise OSError(*next(iter(error.failures.values()))[0].args) from None
+            except CheckpointException as error:  # the same in every process, of any: process 0 says it
+                if rank() == 0:
+                    raise next(iter(error.failures.values()))[0] from None
 
         pending, self.pending = self.pending, None
         if pending:

@@ -27,8 +27,10 @@ from data.common import claimed, write_array
 from rcd import check
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
-from zoo.rivals.redundancy import answers, least_redundant
-from zoo.tools.command import arguments, autocast, pick_device, run
+from zoo.progress import progress
+from zoo.tools.command import arguments, pick_device, run
+from zoo.tools.evaluate import Setting
+from zoo.tools.volume import fill
 
 
 @dataclass
@@ -43,7 +45,6 @@ class Options:
     batch: int = 250  # canvases side by side
     threshold: float = 0.9  # of --rule=r2: confidence that commits
     rescue: float = 0.8  # of --rule=r2: mean of a window, run or streak that commits
-    seed: int = 1337  # breaks ties of the score
     device: str = ""  # cuda | mps | cpu; default: the best one found
     dtype: str = ""  # bfloat16 | float16 | float32, of the model's matmuls
 
@@ -56,8 +57,8 @@ def main() -> None:
     (o,) = arguments(__doc__, Options)
     device, dtype, reason = pick_device(o.device, o.dtype)
     loaded, dataset, out = zoo.load(o.model, device), data.load(o.data), Path(o.out)
-    packed = dataset.response("train") is None or dataset.segments("train") is not None
-    check(not packed, f"--data={o.data}: the answers need canvases of examples, one to a row")
+    examples = dataset.response("train") is not None and dataset.segments("train") is None
+    check(examples, f"--data={o.data}: the answers need canvases of examples, one to a row")
     check(out.resolve() != dataset.folder.resolve(), f"--out={o.out} is the data set that is read")
     with claimed(out):
         print(f"{reason}\n{loaded.folder} answers {dataset.folder}")
@@ -66,15 +67,22 @@ def main() -> None:
         s = Decoding(rule="r2", threshold=o.threshold, rescue=o.rescue,
                      carry="residual" if loaded.meta.get("stage") == "target" else "none")  # fmt: skip
         residual = Carry(**carry_options(loaded.meta.get("residual", {})))
-        with autocast(device, dtype):
-            filled, scores = answers(loaded.model, tokens, response, s, residual, o.batch)
-        kept = least_redundant(scores, o.keep, o.seed)
+        setting = Setting("", loaded.model, None, s, residual)
+        answers = []
+        with progress(len(tokens), "answers", "canvases") as bar:
+            for some in tokens.masked_fill(response, loaded.model.config.mask_id).split(o.batch):
+                answers += fill(setting, some.tolist(), dtype, 0)
+                bar.update(len(some))
+        scores = torch.tensor([a.nfe / a.tokens for a in answers], dtype=torch.float64)  # (N,)
+        order = scores.argsort(stable=True)  # the least redundant first; of two equal ones the earlier
+        kept = order[: max(1, round(o.keep * len(order)))].sort().values
 
         (out / "meta.json").unlink(missing_ok=True)  # until all of it is there, it is no data set
         for path in dataset.folder.iterdir():
             if path.suffix in (".npy", ".json") and not path.name.startswith(("train", "meta")):
                 shutil.copyfile(path, out / path.name)
-        write_array(out / "train.npy", filled[kept].numpy().astype(dataset.tokens("train").dtype))
+        filled = np.array([answers[i].canvas for i in kept.tolist()], dtype=dataset.tokens("train").dtype)
+        write_array(out / "train.npy", filled)
         write_array(out / "train_response.npy", response[kept].numpy())
         answered = {"answers": {"model": o.model, "rule": "r2", "threshold": o.threshold, "rescue": o.rescue}}
         meta = dataset.meta | answered | {"splits": dataset.meta["splits"] | {"train": len(kept)}}
