@@ -10,9 +10,11 @@ Everything here also holds for one process without torchrun: it has all the rows
 
 import contextlib
 import datetime
+import gc
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +83,7 @@ def together(main: Callable[[], None], go_on: str = "") -> Callable[[], None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE, store=store,
                                 rank=number, world_size=size)  # fmt: skip
         try:
-            main()
+            released(main)
         except RuntimeError as error:
             words = ("gloo", "NCCL", "onnection")
             lost = isinstance(error, dist.DistError) or any(word in str(error) for word in words)
@@ -99,6 +101,18 @@ def together(main: Callable[[], None], go_on: str = "") -> Callable[[], None]:
             dist.destroy_process_group()
 
     return joined if environment("WORLD_SIZE") > 1 else main
+
+
+def released(main: Callable[[], None]) -> None:
+    """main, after which nothing of it is alive, even if it raises. A DDP that outlives its process group can
+    hang: its end waits, with Python's lock, for a thread of the group that needs it to free a tensor."""
+    try:
+        main()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # its lines stay
+        raise
+    finally:
+        gc.collect()  # DDP refers to itself
 
 
 def total(x: Tensor) -> Tensor:
