@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model, one thread, and hypothesis examples that are always the same."""
 
+import gc
 import math
 import os
 
@@ -37,6 +38,10 @@ def tiny_model(seed: int = 0, gain: float = 1.5, **options) -> rcd.Transformer:
             else:
                 p.copy_(gain / math.sqrt(p.shape[1]) * noise)
     return model.eval()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported lives as long as the tests: no collection has to look at it
 
 
 @pytest.fixture(scope="session")

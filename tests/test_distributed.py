@@ -8,7 +8,7 @@ import gc
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -70,6 +70,7 @@ def child(number: int, n: int, ports: list[int], jobs: list) -> None:
     """A process as torchrun starts it. A job is a function, or options of train.py. One that hangs says
     where."""
     faulthandler.dump_traceback_later(300, exit=True)
+    gc.freeze()  # every job collects garbage at its end: not among what was imported before
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(n),
                    "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
     # What takes long and decides no weight.
@@ -93,6 +94,9 @@ def run(n: int, *jobs: list[str] | Callable[[], None]) -> list[int]:
     ports, fork = [free_port() for _ in jobs], multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp",
                                  "torch.distributed.checkpoint"])  # fmt: skip
+    with pytest.MonkeyPatch.context() as m:  # Python 3.11 looks elsewhere, and tells nobody
+        m.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
     started = [fork.Process(target=child, args=(i, n, ports, jobs)) for i in range(n)]
     for process in started:
         process.start()

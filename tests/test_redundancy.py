@@ -18,10 +18,17 @@ from zoo.rivals.redundancy import __main__ as answering
 from zoo.tools import command
 
 
+@pytest.fixture(scope="module")
+def puzzles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "puzzles"
+    prepare.main([f"--out={folder}", "--train=64", "--val=16", "--test=16"])
+    return folder
+
+
 @pytest.fixture
-def sudoku(tmp_path, monkeypatch):
+def sudoku(puzzles, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare.main(["--out=puzzles", "--train=64", "--val=16", "--test=16"])
+    Path("puzzles").symlink_to(puzzles)
     return data.load("puzzles")
 
 

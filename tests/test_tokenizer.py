@@ -194,7 +194,7 @@ def test_trained_vocabularies_in_both_spellings(style, tmp_path):
     assert pairs.fingerprint == strings.fingerprint and pairs.vocab_size == original.get_vocab_size()
     assert pairs.specials == {"<eos>": 0, "<mask>": 1}
     assert pairs.ids is not None  # the specials come first: a table takes ranks to ids
-    same(pairs, original, NASTY[::4] + NASTY[-60:] + TEXT + ["<mask>a<eos><eos", "x  <mask>  y"])
+    same(pairs, original, NASTY[::8] + NASTY[-60:] + TEXT + ["<mask>a<eos><eos", "x  <mask>  y"])
 
 
 @pytest.mark.parametrize("pattern", [

@@ -636,7 +636,7 @@ def test_memory_by_hand(monkeypatch):
 
 SHAPES = {
     "float32": (dict(n_layer=4), 16, 64, torch.float32, False),
-    "blocks in bfloat16": (dict(n_layer=4, block_size=4), 8, 64, torch.bfloat16, False),
+    "blocks in bfloat16": (dict(n_layer=2, block_size=4), 8, 64, torch.bfloat16, False),
     "remat": (dict(n_layer=6), 16, 64, torch.float32, True),
     "many tokens": (dict(vocab_size=20_000, n_layer=1), 2, 64, torch.bfloat16, False),
     "large for its batch": (dict(n_layer=3, d_model=256, d_ff=688), 1, 32, torch.float32, False),
