@@ -48,6 +48,19 @@ def test_experiments_that_share_a_folder_mean_the_same_runs_by_the_same_names():
             assert commands.setdefault((cells.name, run), cells.command(run)) == cells.command(run)
 
 
+@pytest.mark.parametrize("name, label, runs, policies", [
+    ("rivals", "gemma", ["base", "gemma"], []),
+    ("policies", "RCD, policy", ["base", "rcd"], ["policy-1"]),
+    ("reference", "larger, warm", ["base", "large-base", "large", "letter-large"], []),
+    ("text", "SeqD", ["base", "judge", "seqd"], []),
+])  # fmt: skip
+def test_a_part_has_the_runs_that_its_curves_need(name, label, runs, policies):
+    whole = experiment.EXPERIMENTS[name]
+    one = experiment.part(whole, [label])
+    assert [c.label for c in one.curves] == [label] and [*one.runs] == runs and [*one.policies] == policies
+    assert {*one.runs.items()} <= {*whole.runs.items()} and one.folder == whole.folder
+
+
 def row(accuracy: float, nfe: float, label: str = "x") -> dict:
     """A row of 100 test items."""
     return {"label": label, "rule": "static", "value": 1, "accuracy": accuracy, "nfe": nfe,
@@ -140,7 +153,8 @@ def trial(tmp_path, monkeypatch):
 
 def test_one_command_makes_the_cells_once_and_writes_table_and_figures(trial):
     go, folder = trial
-    assert go("--seeds=1,2", "--cells") == 6 and not (folder / "trial.json").exists()
+    assert go("--seeds=1", "--cells", "--only=SeqD") == 2
+    assert go("--seeds=1,2", "--cells") == 4 and not (folder / "trial.json").exists()
     assert go("--seeds=1,2") == 0  # nothing is made twice
     result = json.loads((folder / "trial.json").read_text())
     assert len(result["commands"]) == 6 and result["commands"][2].startswith("python train.py --data=sums")
@@ -160,6 +174,7 @@ def test_one_command_makes_the_cells_once_and_writes_table_and_figures(trial):
 
 @pytest.mark.parametrize("argv, words", [
     (("nonsense",), "no experiment"), (("sudoku", "--seeds=1;2"), "numbers with commas"),
+    (("rivals", "--only=SeqD;RDC"), "no curve 'RDC': choose from SeqD; RCD; ReMix, untrained; "),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment.py", *argv])

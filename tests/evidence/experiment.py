@@ -318,6 +318,22 @@ EXPERIMENTS |= {
 }  # fmt: skip
 
 
+def part(e: Experiment, labels: list[str]) -> Experiment:
+    """These curves, with the runs and policies that they need. Raises ValueError for an unknown label."""
+    known = [c.label for c in e.curves]
+    if wrong := [label for label in labels if label not in known]:
+        raise ValueError(f"no curve {wrong[0]!r}: choose from {'; '.join(known)}")
+    curves = [c for c in e.curves if c.label in labels]
+    acting = {c.sampler.get("policy") for c in curves}
+    policies = {name: options for name, options in e.policies.items() if name in acting}
+    needed, runs = {e.judge, *policies.values()}, {}
+    needed |= {name for c in curves for name in (c.run, c.reference)}
+    for name, options in reversed(e.runs.items()):  # a run starts from earlier ones
+        if name in needed or any(f"{{{name}}}" in text for text in needed):
+            runs, needed = {name: options} | runs, needed | {options}
+    return replace(e, runs=runs, policies=policies, curves=curves)
+
+
 # ---- Cells
 
 
@@ -339,8 +355,8 @@ def succeeds(command: list[str]) -> bool:
 class Cells:
     """The runs and curves of one experiment and seed under out/<experiment>/."""
 
-    def __init__(self, name: str, seed: int):
-        self.e, self.seed = EXPERIMENTS[name], seed
+    def __init__(self, name: str, seed: int, e: Experiment | None = None):
+        self.e, self.seed = e or EXPERIMENTS[name], seed
         self.name = self.e.folder or name
         named = re.search(r"--data=(\S+)", self.e.options)
         self.data = f"out/{self.name}/data" if self.e.prepare else named[1]
@@ -615,16 +631,19 @@ def main() -> None:
     about = "; ".join(f"{name}: {e.about}" for name, e in EXPERIMENTS.items())
     parser.add_argument("name", help=about.replace("%", "%%"))
     parser.add_argument("--seeds", default="1,2,3", help="comma-separated [1,2,3]")
+    parser.add_argument("--only", default="", help="only the curves of these labels, separated by ;")
     parser.add_argument("--cells", action="store_true", help="only make the cells of these seeds, no table")
     o = parser.parse_args()
     if o.name not in EXPERIMENTS:
         raise ValueError(f"no experiment {o.name!r}: choose from {', '.join(EXPERIMENTS)}")
     if not re.fullmatch(r"\d+(,\d+)*", o.seeds):
         raise ValueError(f"--seeds={o.seeds} should be numbers with commas between them, like 1,2,3")
+    e = EXPERIMENTS[o.name]
+    e = part(e, o.only.split(";")) if o.only else e
     os.chdir(ROOT)
-    e, seeds, by_seed, commands = EXPERIMENTS[o.name], [int(s) for s in o.seeds.split(",")], [], []
+    seeds, by_seed, commands = [int(s) for s in o.seeds.split(",")], [], []
     for seed in seeds:
-        cells = Cells(o.name, seed)
+        cells = Cells(o.name, seed, e)
         commands += filter(None, [cells.prepare()])
         for name in e.runs:
             cells.train(name)
@@ -642,6 +661,7 @@ def main() -> None:
         return
     curves = [merge(list(seeds)) for seeds in zip(*by_seed)]
     command = f"python tests/evidence/experiment.py {o.name} --seeds={o.seeds}"
+    command += f" --only='{o.only}'" if o.only else ""
     facts = {"about": e.about, "command": command, "items": e.items, "torch": torch.__version__}
     facts |= {"commands": list(dict.fromkeys(commands)), "curves": curves}
     text = [f"# {o.name}: {e.about}", ""]
