@@ -60,7 +60,7 @@ class Train:
     stage: str = "all"  # base | reference | target | all
     recipe: str = ""  # whose residual stage 2 reads: paper (Algorithm 1: the frozen reference's) | earlier
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
-    # or another paper's carry: soft-mask | loopholing | relay | gemma | scmdm (zoo/rivals);
+    # or another paper's: soft-mask | loopholing | relay | gemma | scmdm | loop (zoo/rivals);
     # default: trajectory below 64 tokens to fill, else earlier
     absent: float = 0.0  # all recipes but trajectory: share of rows without a residual, as in a cold start;
     # default of earlier: 0.3, of another paper's: its own

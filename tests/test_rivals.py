@@ -3,6 +3,7 @@
 The loops below know nothing of batches, caches or notes: they forward one canvas, and look at lists.
 """
 
+import copy
 import itertools
 import math
 import sys
@@ -22,7 +23,7 @@ from rcd import Candidates, Residual, Sampler, denoise, diffusion_loss
 from zoo import files
 from zoo.decoding import Carry, Decoding
 from zoo.recipes import sometimes_absent
-from zoo.rivals import carries, r2
+from zoo.rivals import RECIPES, carries, r2
 from zoo.rivals.policy import Act, Policy, grpo_loss, reward
 from zoo.rivals.policy import load as load_policy
 from zoo.rivals.remix import jensen_shannon, remix
@@ -458,6 +459,9 @@ def test_wino_says_what_it_cannot_do(tiny, options, model_options, words):
 # ---- Carries
 
 
+HANDING_ON = [name for name in carries.LEARNED if name != "loop"]  # which hands nothing on
+
+
 def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
     """A tiny model with this carry, whose parameters are drawn: what it hands on is not nothing."""
     model = carries.attach(tiny(seed=seed, **options), name, 0)
@@ -503,7 +507,7 @@ def pass_by_hand(model, tokens, soft, stop):
 
 
 @pytest.mark.parametrize("block_size", [0, 4])
-@pytest.mark.parametrize("name", carries.LEARNED)
+@pytest.mark.parametrize("name", HANDING_ON)
 def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
     """One token a step, a batch of unequal rows; every confidence is that of a forward by hand."""
     model, (canvas, lengths) = with_carry(tiny, name, block_size=block_size), padded(CANVASES[:2])
@@ -528,7 +532,7 @@ def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
     assert differs > 0.05  # the carry matters
 
 
-@pytest.mark.parametrize("name", carries.LEARNED)
+@pytest.mark.parametrize("name", HANDING_ON)
 def test_training_reads_it_in_a_second_pass(tiny, name, monkeypatch):
     """The loss by hand, and whether the gradient goes through the first pass: only Relay's does."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # all in float64, for differences
@@ -591,6 +595,42 @@ def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_pat
     assert carries.attach(model, name, seed=6).carry is kept  # it keeps the one it has
     assert carries.of(carries.attach(model, "trajectory", seed=6)) is None  # which another recipe takes away
     assert model.state_dict().keys() == tiny(seed=2).state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_loop_applies_the_early_middle_layers_twice(tiny):
+    """Four layers by hand: the second and the third come again, and the gate says how much of it counts."""
+    model, plain = with_carry(tiny, "loop", n_layer=4), tiny(seed=2, n_layer=4)
+    x, at = torch.randn(2, 9, 16, generator=seeded(0)), torch.arange(9)[None]
+    angles = at[:, None, :, None] * 10000.0 ** (-torch.arange(3) / 3)  # head_dim 6
+    rest = angles.cos(), angles.sin(), None, None
+    a, b, c, d = plain.layers
+    y = b(a(x, *rest), *rest)
+    y = c(y, *rest)
+    y = y + carries.of(model).gate * (c(b(y, *rest), *rest) - y)
+    torch.testing.assert_close(model(x, at), plain.norm(d(y, *rest)))
+    assert (model(x, at) - plain(x, at)).abs().max() > 0.1
+    twin, before = copy.deepcopy(model), model(x, at)  # it has a loop of its own
+    carries.of(model).gate.zero_()
+    assert torch.equal(twin(x, at), before) and torch.equal(model(x, at), plain(x, at))
+
+
+@pytest.mark.parametrize("block_size", [0, 4])
+def test_a_loop_in_sampling_has_keys_of_its_own(tiny, block_size):
+    """Every confidence is that of a forward without a cache, and nothing is handed on."""
+    model, (canvas, lengths) = with_carry(tiny, "loop", block_size=block_size), padded(CANVASES[:2])
+    for s in (Decoding(), Decoding(carry="none")):
+        before = canvas
+        for step in denoise(model, canvas, s, Carry(**RECIPES["loop"]), lengths=lengths):
+            for row, length in enumerate(lengths.tolist()):
+                cells, b = (step.confidence[row] > 0).nonzero()[:, 0].tolist(), block_size or length
+                if cells:
+                    stop = min(cells[0] // b * b + b, length)
+                    _, p = pass_by_hand(model, before[row, :length].tolist(), {}, stop)
+                    close = dict(rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(step.confidence[row, cells], p[cells].amax(-1), **close)
+            assert not step.alpha.any()
+            before = step.tokens
 
 
 def test_a_carry_of_another_version_is_one_line(tiny, tmp_path):
@@ -690,18 +730,20 @@ def test_rules_and_carries_compose(tiny):
         for rule in ("threshold", "factor", "klass", "r2"):
             *_, last = denoise(model, canvas, Decoding(rule=rule), Carry(weight="learned"))
             assert (last.tokens != MASK).all()
+        if name == "loop":  # which is there in every pass
+            continue
         with_none, without = (list(denoise(m, canvas, Decoding(carry="none"))) for m in (model, plain))
         assert all(torch.equal(a.confidence, b.confidence) for a, b in zip(with_none, without))
 
 
-@pytest.mark.parametrize("recipe", ["loopholing", "soft-mask"])
-def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, recipe):  # noqa: F811
+@pytest.mark.parametrize("recipe, absent", [("loopholing", 0.3), ("soft-mask", 0.2), ("loop", 0.0)])
+def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, recipe, absent):  # noqa: F811
     """With a moving average. The resumed run ends at the same bits; the carry has moved."""
     options = [f"--recipe={recipe}", "--ema=0.5", "--name=whole"]
     run(*options)
     target = zoo.load("whole/target")
-    assert meta_of(target.folder)["residual"]["weight"] == "learned"
-    assert meta_of(target.folder)["options"]["absent"] == {"loopholing": 0.3, "soft-mask": 0.2}[recipe]
+    assert meta_of(target.folder)["residual"]["weight"] == RECIPES[recipe]["weight"]
+    assert meta_of(target.folder)["options"]["absent"] == absent
     new = carries.attach(zoo.load("whole/base").model, recipe, 1337).carry.state_dict()
     moved = {n: p for n, p in weights(target.folder).items() if n.startswith("carry.")}
     assert len(moved) == len(new) and any(not torch.equal(p, moved[f"carry.{n}"]) for n, p in new.items())

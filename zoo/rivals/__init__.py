@@ -17,12 +17,13 @@
 | `loopholing`, Loopholing | loopholing.py | E[MASK] + LayerNorm(h) | arXiv 2510.19304 |
 | `relay`, in kind | loopholing.py | E[MASK] + RMSNorm(h), gradient through 2 steps | arXiv 2605.22967 |
 | `gemma`, DiffusionGemma | gemma.py | E[MASK] + FFN(norm(p.E)) | arXiv 2608.00146 |
+| `loop`, LoopMDM, in kind | looped.py | layers n/4 to n/2 applied twice; no carry | arXiv 2605.26106 |
 | `scmdm`, self-conditioned | ../../rcd.py | own p.E at the same noise level, half of the rows | SCMDM |
 | `trajectory`, as PUMBA trains | ../recipes.py | own steps, gradient through --window | Apple, 2026 |
 
 A trained carry is part of the model (carries.py): every Decoding of it uses it. Where a paper is read with a
 liberty, its file says so. R2-dLLM's fine-tuning, in kind, is redundancy/. Not here: tokens that stay
-revisable (EvoToken, DMax); LoopMDM (arXiv 2605.26106), whose formulas are not public.
+revisable (EvoToken, DMax).
 """
 
 from zoo.rivals import carries
@@ -43,5 +44,5 @@ CARRIES = {"remix": remix, "learned": carries.learned}
 
 # Recipes of train.py: the weight that the sampler is told, and the share of rows that read no residual.
 RECIPES = {name: {"weight": "learned"} for name in carries.LEARNED}
-RECIPES["scmdm"] = {"weight": "fixed", "fixed": 0.5}
+RECIPES |= {"scmdm": {"weight": "fixed", "fixed": 0.5}, "loop": {"weight": "fixed", "fixed": 0.0}}
 ABSENT = {"soft-mask": 0.2, "loopholing": 0.3, "relay": 0.3, "gemma": 0.5, "scmdm": 0.5}

@@ -8,7 +8,8 @@ predicts to what the next one reads, at masked cells:
 
 Training takes two passes (own_context): the first reads the same x_t plainly, the second what is carried.
 Sampling takes one: the reader Carrying keeps what the last pass left and hands on what the model's carry
-makes of it, in place of the loop's residual. So a Decoding needs no option for it.
+makes of it, in place of the loop's residual. So a Decoding needs no option for it. One of them, `loop`, hands
+nothing on: it makes a pass deeper, and trains as SeqD does.
 """
 
 import torch
@@ -17,19 +18,23 @@ from torch import Tensor, nn
 from rcd import (CHUNK, Context, Noised, Reader, Residual, Sampler, Transformer, by_rows, check,
                  denoiser_hidden, mask_tokens, residual_of)  # fmt: skip
 from zoo.rivals.gemma import SelfConditioning
+from zoo.rivals.looped import Loop
 from zoo.rivals.loopholing import Loopholing, Relay
 from zoo.rivals.rules import Notes
 from zoo.rivals.softmask import SoftMask
 
 LEARNED: dict[str, type[nn.Module]] = {
-    "soft-mask": SoftMask, "loopholing": Loopholing, "relay": Relay, "gemma": SelfConditioning,
+    "soft-mask": SoftMask, "loopholing": Loopholing, "relay": Relay, "gemma": SelfConditioning, "loop": Loop,
 }  # fmt: skip
 
 
 def shaped(model: Transformer, name: str) -> Transformer:
     """The model with a carry of this name, not initialised. Raises ValueError for an unknown name."""
     check(name in LEARNED, f"a carry {name!r} is not known here: there are {', '.join(LEARNED)}")
-    model.carry = nn.ModuleDict({name: LEARNED[name](model.config)})
+    carry = LEARNED[name](model.config)
+    if isinstance(carry, Loop):
+        carry.join(model)
+    model.carry = nn.ModuleDict({name: carry})
     return model
 
 
@@ -49,9 +54,11 @@ def attach(model: Transformer, name: str, seed: int) -> Transformer:
 
     At first a new carry changes nothing: what it adds is multiplied by zero, or nearly so.
     """
-    if name not in LEARNED and hasattr(model, "carry"):
+    if hasattr(model, "carry") and name not in model.carry:
+        if isinstance(of(model), Loop):
+            of(model).hook.remove()
         del model.carry
-    if name in LEARNED and name not in getattr(model, "carry", {}):
+    if name in LEARNED and not hasattr(model, "carry"):
         shaped(model, name).carry.to(model.embedding.device, model.embedding.dtype)
         generator = torch.Generator().manual_seed(seed)
         for tensor, p in model.carry.named_parameters():
@@ -106,9 +113,12 @@ def learned(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones(len(logits), device=E.device), E.new_zeros(len(logits), E.shape[1])
 
 
-def context_of(recipe: str, residual: Residual) -> Context:
+def context_of(recipe: str, residual: Residual) -> Context | None:
     """Where stage 2 gets alpha and Delta under a recipe of zoo.rivals: the model's own carry or, in scmdm,
-    the residual of its own p at the same x_t. zoo.recipes.sometimes_absent leaves rows out."""
+    the residual of its own p at the same x_t; nowhere in loop. zoo.recipes.sometimes_absent leaves rows
+    out."""
+    if recipe == "loop":
+        return None
     if recipe in LEARNED:
         return own_context
     return lambda model, n: residual_of(model, n.x, n, residual, model.embedding)
