@@ -5,7 +5,7 @@
 f is layer n/4 to n/2 of n. So a pass is deeper and has no new matrix; nothing is handed on from step to step,
 and the loss is the plain one. The paper trains so from the first step, with no gate. Here the gate g (D,)
 starts at zero, so that a trained model can be given its loop: at first nothing changes. Which layers, and how
-often, is not public; both are a guess.
+often, is not public; both are a guess. The memory estimate and mfu of train.py count them once.
 """
 
 import copy
