@@ -4,8 +4,9 @@
 
 f is layer n/4 to n/2 of n. So a pass is deeper and has no new matrix; nothing is handed on from step to step,
 and the loss is the plain one. The paper trains so from the first step, with no gate. Here the gate g (D,)
-starts at zero, so that a trained model can be given its loop: at first nothing changes. Which layers, and how
-often, is not public; both are a guess. The memory estimate and mfu of train.py count them once.
+starts at zero, so that a trained model can be given its loop: at first nothing changes. We know the paper's
+abstract only, so which layers, and how often, is a guess. The memory estimate and mfu of train.py count them
+once.
 """
 
 import copy
@@ -38,20 +39,18 @@ class Loop(nn.Module):
     def again(self, looped: list[nn.Module], last: nn.Module, args: tuple, x: Tensor) -> Tensor:
         """What the last of these layers returns, x (B, T, D), after all of them were applied again."""
         *rest, cache = args[1:]
-        y = x
+        y, own = x, None if cache is None else second(cache, self.layers.stop)
         for layer in looped:
-            y = layer.forward(y, *rest, second(cache))  # not a call, which would come back to this hook
+            y = layer.forward(y, *rest, own)  # not a call, which would come back to this hook
         return x + self.gate * (y - x)
 
 
-def second(cache: KVCache | None) -> KVCache | None:
-    """The cache of the second time: keys and values of its own, rows and positions of the first."""
-    if cache is None:
-        return None
+def second(cache: KVCache, layers: int) -> KVCache:
+    """The cache of the second time: keys and values of its own, for so many layers; rows, positions and stop
+    of the first."""
     if not hasattr(cache, "second"):
         cache.second = copy.copy(cache)
-        cache.second.k, cache.second.v = torch.zeros_like(cache.k), torch.zeros_like(cache.v)
-    own = cache.second.k, cache.second.v
-    vars(cache.second).update(vars(cache))
-    cache.second.k, cache.second.v = own
-    return cache.second
+        cache.second.k, cache.second.v = (torch.zeros_like(x[:layers]) for x in (cache.k, cache.v))
+    own = cache.second
+    own.rows, own.positions, own.stop = cache.rows, cache.positions, cache.stop
+    return own
