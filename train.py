@@ -60,8 +60,8 @@ class Train:
     stage: str = "all"  # base | reference | target | all
     recipe: str = ""  # whose residual stage 2 reads: paper (Algorithm 1: the frozen reference's) | earlier
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
-    # or another paper's: soft-mask | loopholing | relay | gemma | scmdm | loop (zoo/rivals);
-    # default: trajectory below 64 tokens to fill, else earlier
+    # or another paper's, of zoo/rivals: soft-mask | loopholing | relay | gemma (also as NAME-trajectory,
+    # which trains like trajectory) | scmdm | loop; default: trajectory below 64 tokens to fill, else earlier
     absent: float = 0.0  # all recipes but trajectory: share of rows without a residual, as in a cold start;
     # default of earlier: 0.3, of another paper's: its own
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
@@ -159,12 +159,12 @@ def train_stage(stage: str, r: models.Run) -> None:
         context = distributed.gathered(context, reference) if sharded else context
     elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
         context = earlier_context(r.residual)
-    elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
-        context = rivals.carries.context_of(recipe, r.residual)
-    elif recipe == "trajectory":  # from the denoising step before, as in sampling
-        given = dataset.segments("train") is not None, o.window, weighting == "1/t"  # packed, window, bound
+    elif recipe.endswith("trajectory"):  # from the denoising step before, as in sampling
+        given = dataset.packed("train"), o.window, weighting == "1/t", rivals.carries.step_of(recipe)
         trajectories = [SharedTrajectories(model.config, n, length, device, *given)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip
+    elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
+        context = rivals.carries.context_of(recipe, r.residual)
     if context and o.absent:
         context = sometimes_absent(context, o.absent)
 

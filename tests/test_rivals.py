@@ -22,7 +22,7 @@ import zoo
 from rcd import Candidates, Residual, Sampler, denoise, diffusion_loss
 from zoo import files
 from zoo.decoding import Carry, Decoding
-from zoo.recipes import sometimes_absent
+from zoo.recipes import Trajectories, sometimes_absent
 from zoo.rivals import RECIPES, carries, r2
 from zoo.rivals.policy import Act, Policy, grpo_loss, reward
 from zoo.rivals.policy import load as load_policy
@@ -578,6 +578,39 @@ def test_training_reads_it_in_a_second_pass(tiny, name, monkeypatch):
     assert slope == pytest.approx(through if name == "relay" else around, abs=1e-7, rel=1e-4)
 
 
+@pytest.mark.parametrize("block_size", [0, 4])
+@pytest.mark.parametrize("name", HANDING_ON)
+def test_a_trajectory_trains_on_what_sampling_hands_on(tiny, name, block_size):
+    """The loss of every step by hand, with the carry's formula: what it reads are its own hidden states of
+    the step before, cold at first. The carry learns; no gradient goes through an earlier step."""
+    model, T = with_carry(tiny, name, block_size=block_size), 8
+    tokens = torch.randint(MASK, (1, T), generator=seeded(0))
+    trajectories = Trajectories(model.config, 1, T, advance=carries.trajectory_step)
+    trajectories.draws = lambda *_: torch.tensor([[0.0], [1.0], [0.0]])  # one token a step in each block
+    whole = torch.ones(1, T, dtype=torch.bool)
+    s, soft, differs = trajectories.state, {}, 0.0
+    for number in range(3):
+        masked, own, kept = (s["masked"] if number else whole)[0].tolist(), 0.0, {}
+        loss = trajectories.loss(model, lambda n: (tokens, whole, None), None, seeded(0))
+        for start in range(0, T, block_size or T):  # the blocks side by side, each after the true ones
+            stop = start + (block_size or T)
+            ids = [MASK if start <= i < stop and masked[i] else int(tokens[0, i]) for i in range(T)]
+            here = [i for i in range(start, stop) if masked[i]]
+            hidden, p = pass_by_hand(model, ids, {i: soft[i] for i in here if i in soft}, stop)
+            plain = pass_by_hand(model, ids, {}, stop)[1]
+            differs = max([differs, *((p[i] - plain[i]).abs().max().item() for i in here)])
+            own -= sum(p[i, tokens[0, i]].log().item() for i in here)
+            kept |= {i: (hidden[i], p[i]) for i in here}
+        assert loss.item() == pytest.approx(own / sum(masked), rel=1e-3)  # 1/t and T tokens: per masked token
+        model.zero_grad()
+        loss.backward()
+        learned = [bool(p.grad is not None and p.grad.abs().sum() > 0) for p in model.carry.parameters()]
+        assert any(learned) == (number > 0)  # the first step has nothing to read
+        assert not any(v.requires_grad for v in s.values())
+        soft = {i: carried(model, name, *kept[i]) for i in kept if s["masked"][0, i]}
+    assert differs > 0.05  # the carry matters
+
+
 @pytest.mark.parametrize("name", carries.LEARNED)
 def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_path):
     model, tokens = tiny(seed=2), torch.randint(MASK, (4, 12), generator=seeded(0))
@@ -736,7 +769,9 @@ def test_rules_and_carries_compose(tiny):
         assert all(torch.equal(a.confidence, b.confidence) for a, b in zip(with_none, without))
 
 
-@pytest.mark.parametrize("recipe, absent", [("loopholing", 0.3), ("soft-mask", 0.2), ("loop", 0.0)])
+@pytest.mark.parametrize("recipe, absent", [
+    ("loopholing", 0.3), ("soft-mask", 0.2), ("loop", 0.0), ("gemma-trajectory", 0.0),
+])  # fmt: skip
 def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, recipe, absent):  # noqa: F811
     """With a moving average. The resumed run ends at the same bits; the carry has moved."""
     options = [f"--recipe={recipe}", "--ema=0.5", "--name=whole"]
@@ -744,7 +779,7 @@ def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, rec
     target = zoo.load("whole/target")
     assert meta_of(target.folder)["residual"]["weight"] == RECIPES[recipe]["weight"]
     assert meta_of(target.folder)["options"]["absent"] == absent
-    new = carries.attach(zoo.load("whole/base").model, recipe, 1337).carry.state_dict()
+    new = carries.attach(zoo.load("whole/base").model, carries.name_of(recipe), 1337).carry.state_dict()
     moved = {n: p for n, p in weights(target.folder).items() if n.startswith("carry.")}
     assert len(moved) == len(new) and any(not torch.equal(p, moved[f"carry.{n}"]) for n, p in new.items())
     run("--name=cut", "--stage=base", *options[:2])

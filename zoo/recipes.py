@@ -50,12 +50,14 @@ class Trajectories:
 
     window: so many steps of each trajectory make one training step, and the gradient flows back through Delta
     within it; 1 = not at all. bound: a masked token weighs 1/t, so that each state of a canvas has the same
-    weight; else all masked tokens have.
+    weight; else all masked tokens have. advance: what a step reads and hands on (zoo/rivals/carries.py has
+    another).
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
-                 packed: bool = False, window: int = 1, bound: bool = True):  # fmt: skip
-        self.window, self.bound = window, bound
+                 packed: bool = False, window: int = 1, bound: bool = True,
+                 advance: Callable = trajectory_step):  # fmt: skip
+        self.window, self.bound, self.advance = window, bound, advance
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -113,7 +115,7 @@ class Trajectories:
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked = s["masked"]
         given = s["tokens"], masked, s["alpha"], s["delta"], residual, s.get("positions")
-        cells, nll, alpha, delta, confidence = trajectory_step(model, *given, grad=self.window > 1)
+        cells, nll, alpha, delta, confidence = self.advance(model, *given, grad=self.window > 1)
         t = count(masked, document) / count(s["response"], document)  # (B * T,) noise level of each document
         loss = (nll / t[document[cells]] if self.bound else nll).sum() / self.size()
 

@@ -239,7 +239,8 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 # Other papers' methods (zoo/rivals), on the runs that the tables above are made of.
-RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay", "loop")
+RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay", "loop",
+           "gemma-trajectory", "soft-mask-trajectory", "loopholing-trajectory")  # fmt: skip
 RIVALS = {name: f"--stage=target --recipe={name} {FROM_BASE}" for name in RECIPES}
 POLICIES = {"policy-1": "--model={rcd} --power=1", "policy-1-seqd": "--model={seqd} --power=1"}
 
@@ -279,7 +280,8 @@ def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
 
 
 def rivals_on(task: str) -> Experiment:
-    """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD.
+    """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD. Those
+    on trajectories differ from RCD in nothing but what is carried.
 
     A window of two steps, as PUMBA trains, has half of the canvases then. No carry here costs more than two
     of SeqD's steps: SeqD and the window with twice the tokens are the control for compute.

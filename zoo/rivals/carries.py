@@ -7,16 +7,21 @@ predicts to what the next one reads, at masked cells:
     carry(hidden (N, D), model, logits (N, V) or None) -> alpha (N,), Delta (N, D), which Eq. 2 mixes
 
 Training takes two passes (own_context): the first reads the same x_t plainly, the second what is carried.
+Or, to tell what a carry is worth from what its training is, it takes the own trajectories by which RCD's
+target learns by default (trajectory_step): --recipe=NAME-trajectory, in which nothing but the carry differs.
 Sampling takes one: the reader Carrying keeps what the last pass left and hands on what the model's carry
 makes of it, in place of the loop's residual. So a Decoding needs no option for it. One of them, `loop`, hands
 nothing on: it makes a pass deeper, and trains as SeqD does.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+import rcd
 from rcd import (CHUNK, Context, Noised, Reader, Residual, Sampler, Transformer, by_rows, check,
-                 denoiser_hidden, mask_tokens, residual_of)  # fmt: skip
+                 denoiser_hidden, mask_tokens, mix, predict, residual_of, token_losses)  # fmt: skip
 from zoo.rivals.gemma import SelfConditioning
 from zoo.rivals.looped import Loop
 from zoo.rivals.loopholing import Loopholing, Relay
@@ -36,6 +41,11 @@ def shaped(model: Transformer, name: str) -> Transformer:
         carry.join(model)
     model.carry = nn.ModuleDict({name: carry})
     return model
+
+
+def name_of(recipe: str) -> str:
+    """The carry that a recipe trains: loopholing, in two passes or on trajectories."""
+    return recipe.removesuffix("-trajectory")
 
 
 def named_by(tensors: dict[str, Tensor]) -> list[str]:
@@ -83,6 +93,26 @@ def own_context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         hidden = denoiser_hidden(model, model.embed_tokens(x), n.tokens, n.positions)  # (B, T, D)
         hidden = model.predicting(hidden, n.cells)  # (N, D)
     return by_rows(lambda h: carry(h, model, None), CHUNK // model.config.vocab_size, hidden)
+
+
+def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,
+                    residual: Residual, positions: Tensor | None = None, grad: bool = False):  # fmt: skip
+    """rcd.trajectory_step for a model with its own carry. A step hands its hidden states on, as delta
+    (B, T, D), with alpha = 1. The carry makes of them what is mixed when they are read, and so it learns."""
+    cells, E = masked.nonzero(as_tuple=True), model.embedding
+    rows = CHUNK // model.config.vocab_size
+    own, soft = by_rows(lambda h: of(model)(h, model, None), rows, delta[cells].to(E.dtype))
+    x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
+    x = mix(x, cells, alpha[cells] * own, soft, E[model.config.mask_id])
+    hidden = model.predicting(denoiser_hidden(model, x, tokens, positions), cells)  # (N, D)
+    confidence = lambda logits: (predict(logits.detach(), Sampler(), None)[1],)  # noqa: E731
+    nll, confidence = token_losses(model, hidden, tokens[cells], confidence)
+    return cells, nll, torch.ones_like(confidence), hidden if grad else hidden.detach(), confidence
+
+
+def step_of(recipe: str) -> Callable:
+    """What a recipe on trajectories does in a step: RCD's, or that of a carry with parameters."""
+    return trajectory_step if name_of(recipe) in LEARNED else rcd.trajectory_step
 
 
 class Carrying(Notes):

@@ -113,7 +113,7 @@ def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
 
 def check_options(o, block_size: int) -> None:
     """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
-    trajectory = o.recipe == "trajectory"
+    trajectory = o.recipe.endswith("trajectory")
     for wrong, says in (
         (o.reference and o.recipe != "paper",
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),
@@ -123,7 +123,7 @@ def check_options(o, block_size: int) -> None:
          f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
          f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
         (not 0 <= o.absent < 1 or (o.absent and trajectory),
-         f"absent={o.absent} must lie in [0, 1), and is 0 for recipe=trajectory, whose trajectories all "
+         f"absent={o.absent} must lie in [0, 1), and is 0 for recipe={o.recipe}, whose trajectories all "
          "start without a residual"),
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
@@ -137,7 +137,7 @@ def check_options(o, block_size: int) -> None:
         (o.offload and o.shard != "full",
          "--offload keeps each process's part of a model on the host: it goes with --shard=full"),
         (o.lora and o.shard == "full", "--lora is for a model that fits into a process: choose --shard=none"),
-        (o.recipe in carries.LEARNED and (o.lora or o.shard == "full"),
+        (carries.name_of(o.recipe) in carries.LEARNED and (o.lora or o.shard == "full"),
          f"recipe={o.recipe} has parameters of its own: it takes neither --lora nor --shard=full"),
         (o.init_from and o.stage == "base",
          "--stage=base trains a base from scratch; with --init_from choose --stage=reference, target or all"),

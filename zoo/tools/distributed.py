@@ -186,9 +186,10 @@ class SharedTrajectories(Trajectories):
     process 0 first, as one process would draw them."""
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
-                 packed: bool = False, window: int = 1, bound: bool = True):  # fmt: skip
+                 *how):  # fmt: skip
+        """how: packed, window, bound, advance of Trajectories."""
         self.rows, self.mine = rows, share(rows)
-        super().__init__(config, self.mine.stop - self.mine.start, length, device, packed, window, bound)
+        super().__init__(config, self.mine.stop - self.mine.start, length, device, *how)
 
     def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
         if processes() == 1:

@@ -70,7 +70,7 @@ def reference_of(recipe: str, r: Run) -> str | Path:
 def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int) -> Callable[..., dict]:
     """The memory() of a stage in each of so many processes, as a function of rows, remat, shards, the rank of
     LoRA and offload. reference: its name; "" = none."""
-    o, own, tokens = r.o, recipe == "trajectory", r.dataset.tokenizer
+    o, own, tokens = r.o, recipe.endswith("trajectory"), r.dataset.tokenizer
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
         ready = o.init_from or (r.root / "base" / "config.json").is_file()
@@ -82,7 +82,7 @@ def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int
         copies = 2 if o.weighting == "complementary" and stage != "base" else 1
         return memory(
             model, copies * rows, remat, length=r.length, batch_size=-(-o.batch_size // processes),
-            device=r.device, dtype=r.dtype, packed=r.dataset.segments("train") is not None, ema=o.ema > 0,
+            device=r.device, dtype=r.dtype, packed=r.dataset.packed("train"), ema=o.ema > 0,
             reference=stored, buffer=o.buffer if own else 0, window=o.window if own else 1, shards=shards,
             adapters=lora.parameters(model, rank) if stage != "base" else 0, offload=offload,
             moments=getattr(torch, o.adam),
@@ -103,7 +103,7 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
     need = needs(stage, recipe, r, reference, n)
     whole = sum(need(-(-rows // o.accumulate), o.remat).values())
     too_large = n > 1 and distributed.anyone(0 < have < whole)
-    whole_only = o.lora or (stage == "target" and recipe in carries.LEARNED)
+    whole_only = o.lora or (stage == "target" and carries.name_of(recipe) in carries.LEARNED)
     sharded = o.shard == "full" or (o.shard == "auto" and too_large and not whole_only)
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
@@ -134,10 +134,10 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     else:
         stored = None if o.lora else torch.float32  # what is frozen needs no float32
         model, origin = of_origin(zoo.load(o.init_from, r.device, stored), r)
-    carry = o.recipe if stage == "target" else ""  # not every recipe brings a carry with parameters
+    carry = carries.name_of(o.recipe) if stage == "target" else ""  # few recipes have parameters of their own
     if carry in carries.LEARNED and origin:
         here = "a carry with parameters is saved in this project's own layout only"
-        raise ValueError(f"recipe={carry} cannot convert {o.init_from}: {here}")
+        raise ValueError(f"recipe={o.recipe} cannot convert {o.init_from}: {here}")
     return carries.attach(model, carry, o.seed), origin
 
 
@@ -254,7 +254,7 @@ def final_table(r: Run) -> None:
     seqd, reference = (zoo.load(name, device).model if name else None for name in names)
     seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
     warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
-    start = "self" if o.recipe == "trajectory" else "cold"  # a second start, which a trajectory has learned
+    start = "self" if o.recipe.endswith("trajectory") else "cold"  # the second start that it has learned
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     length = dataset.meta["length"]
     settings = sweep(seqd, target, warm, Decoding(start=start), r.residual, tokens,

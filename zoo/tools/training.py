@@ -405,7 +405,7 @@ def validate(model: Transformer, draw: Draw, context: Context | None, device: to
 
 def has_answers(dataset, split: str) -> bool:
     """Whether answers to this split can be checked: a packed row is no canvas of one task."""
-    return dataset.check is not None and dataset.segments(split) is None
+    return dataset.check is not None and not dataset.packed(split)
 
 
 def accuracy(model: Transformer, dataset, items: int, sampler: Sampler,

@@ -68,7 +68,7 @@ def main() -> None:
     check(bool(named), "--data=NAME: this model does not say what it was trained on")
     dataset, folder = data.load(named), Path("out") / o.name / stage
     check(dataset.check is not None, f"data set {dataset.name} has no right answers, so there is no reward")
-    check(dataset.segments("train") is None, f"data set {dataset.name} is packed: prepare it without --pack")
+    check(not dataset.packed("train"), f"data set {dataset.name} is packed: prepare it without --pack")
     check(o.overwrite or not folder.exists(), f"{folder} is already there: --overwrite, or --name=NAME")
     checks.check_tokens(dataset, o.model, "")
     checks.quick_attention(device, dataset.meta["length"])

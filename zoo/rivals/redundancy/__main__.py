@@ -57,7 +57,7 @@ def main() -> None:
     (o,) = arguments(__doc__, Options)
     device, dtype, reason = pick_device(o.device, o.dtype)
     loaded, dataset, out = zoo.load(o.model, device), data.load(o.data), Path(o.out)
-    examples = dataset.response("train") is not None and dataset.segments("train") is None
+    examples = dataset.response("train") is not None and not dataset.packed("train")
     check(examples, f"--data={o.data}: the answers need canvases of examples, one to a row")
     check(out.resolve() != dataset.folder.resolve(), f"--out={o.out} is the data set that is read")
     with claimed(out):
