@@ -34,8 +34,8 @@ TILE = 1 << 19  # elements per thread: on a CPU a softmax of tiles this small st
 
 def by_rows(f: Callable[..., tuple], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """f(*tensors), each of N rows, on so many rows at a time, results joined: temporaries of f stay small."""
-    chunks = zip(*(x.split(max(1, rows)) for x in tensors))
-    return tuple(map(torch.cat, zip(*(f(*chunk) for chunk in chunks))))
+    parts = [f(*chunk) for chunk in zip(*(x.split(max(1, rows)) for x in tensors))]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 def tile(logits: Tensor) -> int:
     """Rows of logits (N, V) that a softmax in float32 takes at a time."""
@@ -188,7 +188,8 @@ class Transformer(nn.Module):
         """hidden (N, D) -> logits (N, V): -inf for [MASK] and padding, which nothing may draw or carry."""
         z = padded(lambda x: F.linear(x, self.head), hidden)
         z[:, self.config.mask_id] = -math.inf
-        z[:, self.config.real_vocab or self.config.vocab_size :] = -math.inf
+        if self.config.real_vocab:  # a write to no column at all would copy the gradient, too
+            z[:, self.config.real_vocab :] = -math.inf
         return z
 
 # ---- 3. Forward process and training masks -----------------------------------------------------------------
@@ -332,8 +333,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
 
     tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), and
     draws, the noise and uniform of Noised: drawn if not given. context None: plain masked training (base,
-    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by all response tokens. ValueError.
-    """
+    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by all response tokens. ValueError."""
     response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
     response = maskable(model.config, response, positions)
     check(bool(response.any()), "nothing to learn: no token of this batch belongs to a response")

@@ -269,3 +269,15 @@ def test_padding_rows_of_a_matrix_product_leave_no_trace(tiny, n):
     torch.testing.assert_close(logits, torch.cat([model.logits(row[None]) for row in rows]))
     delta = rcd.Residual()(logits, model.embedding)[1]
     torch.testing.assert_close(delta, logits.softmax(-1) @ model.embedding)
+
+
+def test_nothing_is_copied_in_backward_for_columns_that_are_not_there(tiny):
+    """An assignment to columns of the logits copies their whole gradient: one for [MASK], one for padding."""
+    for padding in (0, 2):
+        model = tiny(real_vocab=padding and tiny().config.vocab_size - padding)
+        node, names = model.logits(torch.ones(3, model.config.d_model)).grad_fn, []
+        while node:
+            names.append(node.name())
+            node = node.next_functions[0][0] if node.next_functions else None
+        copies = sum(name.endswith("CopySlices") for name in names)
+        assert copies == (2 if padding else 1), names
