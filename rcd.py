@@ -34,8 +34,8 @@ TILE = 1 << 19  # elements per thread: on a CPU a softmax of tiles this small st
 
 def by_rows(f: Callable[..., tuple], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """f(*tensors), each of N rows, on so many rows at a time, results joined: temporaries of f stay small."""
-    parts = [f(*chunk) for chunk in zip(*(x.split(max(1, rows)) for x in tensors))]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+    results = [f(*chunk) for chunk in zip(*(x.split(max(1, rows)) for x in tensors))]
+    return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results)))
 
 def tile(logits: Tensor) -> int:
     """Rows of logits (N, V) that a softmax in float32 takes at a time."""

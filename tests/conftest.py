@@ -8,20 +8,28 @@ import os
 # a test starts read it from the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
 import pytest
-import torch
-
-import rcd
-
-torch.set_num_threads(1)
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("tests")
 
 
-def tiny_model(seed: int = 0, gain: float = 1.5, **options) -> rcd.Transformer:
-    """A random model. Its predictions differ from position to position, are neither certain nor uniform, and
-    have few ties."""
+def pytest_collectstart(collector):
+    """Before the first import of torch, which takes seconds: the process that starts the others collects
+    nothing, and they wait for it."""
+    if isinstance(collector, pytest.Session):
+        import hypothesis
+        import torch
+
+        torch.set_num_threads(1)
+        hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+        hypothesis.settings.load_profile("tests")
+
+
+def tiny_model(seed: int = 0, gain: float = 1.5, **options):
+    """A random rcd.Transformer. Its predictions differ from position to position, are neither certain nor
+    uniform, and have few ties."""
+    import torch
+
+    import rcd
+
     size = dict(vocab_size=12, mask_id=11, n_layer=2, n_head=4, n_kv_head=2, head_dim=6, d_model=16, d_ff=20,
                 max_len=64)  # fmt: skip
     model = rcd.Transformer(rcd.Config(**{**size, **options}))

@@ -103,7 +103,7 @@ def measure(folder: Path, values: dict, dtype: str, stored: torch.dtype, shards:
     for file in {*files.values()}:
         tensors = {n: torch.ones(s, dtype=stored) for n, s in shapes.items() if files[n] == file}
         for t in tensors.values():
-            if t.dim() > 1:
+            if sample and t.dim() > 1:
                 t.normal_(std=0.02)
         save_file(tensors, folder / file)
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": files}))

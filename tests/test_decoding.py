@@ -509,31 +509,6 @@ def test_fixed_shapes_change_nothing_but_shapes(tiny, kind, cache, s, r):
         torch.testing.assert_close(one.alpha, other.alpha, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fixed, backend", [(False, "eager"), (True, "aot_eager")])
-def test_a_compiled_forward_gives_the_same_tokens(tiny, fixed, backend):
-    """As sample.py --compile does it, but for the code generator, which takes a minute. The graphs are
-    captured whole, the cache that they write to included, and a handful serves every width, row count and
-    length. In fixed shapes they are graphs of one shape each, and their writes are made functional, too."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny(seed=24, n_layer=1, **KINDS["blocks shifted"])
-    s = Decoding(rule="threshold", threshold=0.5, block_size=4)
-    canvas = torch.tensor([[1] * 5 + [_] * 15, [1, 2] + [_] * 18, [1] * 9 + [_] * 11])
-    lengths = torch.tensor([20, 20, 12])
-    plain = drain(model, canvas, s, lengths=lengths)
-    model.compile(dynamic=not fixed, fullgraph=True, backend=backend)
-    compiled = drain(model, canvas, replace(s, fixed_shapes=fixed), lengths=lengths)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 1 <= graphs <= (3 if fixed else 6)  # torch gives up at 8
-    drain(model, canvas, replace(s, fixed_shapes=fixed), lengths=lengths)
-    # Another cache, no other graph.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    assert len(plain) == len(compiled) > 10
-    for one, other in zip(plain, compiled):
-        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
-        torch.testing.assert_close(one.confidence, other.confidence, atol=1e-4, rtol=1e-4)
-
-
 # ---- The draw, the commit rules and the first residual
 
 

@@ -1,6 +1,5 @@
 """The forward process, the training masks and the loss, against direct computation and exact enumeration."""
 
-import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -9,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import flex_attention
 
 import rcd
 from rcd import (WEIGHTS, Residual, attention_mask, denoiser_hidden, diffusion_loss, mask_tokens,
                  reference_context, sample_t, training_mask)  # fmt: skip
-from zoo import speed
 from zoo.decoding import Carry
 from zoo.recipes import document_positions
 
@@ -147,60 +144,6 @@ def test_the_training_mask_looks_like_this():
     lines = [name + show(row) for name, row in zip(names, mask)]
     heads = ["", "     noisy   clean", "     aabbcc  aabbcc"]
     assert "\n".join([*heads, *lines[:6], "", *lines[6:], ""]) == PICTURE
-
-
-@pytest.mark.parametrize("block_size, packed, compiled, remat", [
-    (0, True, False, False), (4, False, True, False), (4, True, True, True),
-])  # fmt: skip
-def test_flex_attention_learns_what_the_boolean_mask_does(
-    tiny, monkeypatch, block_size, packed, compiled, remat
-):
-    """The mask as on CUDA, here on a CPU: the same loss. Compiled also the same gradients, and one graph of
-    each function for all batches of a size. (torch has no backward kernel of it on a CPU; aot_eager needs
-    none. Compilation takes seconds, so one mask is left to the loss.)"""
-    options, graphs = dict(block_size=block_size, n_head=4, n_kv_head=2, head_dim=16), []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compile = functools.cache(lambda f: torch.compile(f, backend=counting) if compiled else f)
-    monkeypatch.setattr(speed, "compiled", compile)
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None, raising=False)
-    torch._dynamo.reset()
-    monkeypatch.setattr(speed, "FLEX", ())
-    dense = speed.prepare(tiny(**options), "cpu")
-    monkeypatch.setattr(speed, "FLEX", ("cpu",))
-    flex = speed.prepare(tiny(**options), "cpu")
-    assert dense.attention_mask is attention_mask and flex.attention_mask is speed.flex_mask
-    models = [speed.remat(model) if remat else model for model in (dense, flex)]
-    for seed in range(2):
-        g = seeded(seed)
-        tokens = torch.randint(MASK, (3, 40), generator=g)
-        segments = torch.randint(2, (3, 40), generator=g).cumsum(1) // 4
-        positions = document_positions(segments) if packed else None
-        results = []
-        for model in models:
-            with torch.set_grad_enabled(compiled):
-                loss = diffusion_loss(model, tokens, positions=positions, generator=seeded(seed))
-            grads = torch.autograd.grad(loss, list(model.parameters())) if compiled else ()
-            results.append([loss, *grads])
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    assert len(graphs) == (2 if compiled else 0)
-
-
-@pytest.mark.parametrize("block_size", [0, 64])
-def test_flex_attention_skips_the_tiles_where_nothing_is_seen(monkeypatch, block_size):
-    """On CUDA its kernel runs only the tiles (128 x 128) that the mask names: in each row its own."""
-    monkeypatch.setattr(speed, "compiled", lambda f: f)
-    rows = torch.tensor([[0] * 128 + [1] * 256, [0] * 384])
-    for segments in (rows, rows[:1]):
-        may_attend = training_mask(document_positions(segments), block_size)
-        B, tiles = len(segments), 6 if block_size else 3
-        dense = attention_mask(may_attend, B, tiles * 128, "cpu").view(B, 1, tiles, 128, tiles, 128)
-        named = speed.flex_mask(may_attend, B, tiles * 128, "cpu").block_mask.to_dense()
-        assert torch.equal(named.bool(), dense.any(5).any(3)) and not named.bool().all()
 
 
 # ---- The noisy half against a model that reads one block at a time

@@ -708,7 +708,7 @@ def test_a_sweep_over_budgets_and_over_the_rule(tiny, rule, on_a_budget, free, f
 def test_a_table_of_another_rule_names_its_values(cli, tmp_path):
     """The shipped model: the smaller the factor, the more passes."""
     prepare.main([f"--out={tmp_path}/puzzles", "--train=8", "--val=8", "--test=8"])
-    code, out, _ = cli("--model=sudoku/target", f"--eval={tmp_path}/puzzles", "--limit=4", "--rule=factor")
+    code, out, _ = cli("--model=sudoku/target", f"--eval={tmp_path}/puzzles", "--limit=2", "--rule=factor")
     rows = re.findall(r"SeqD +\| factor ([\d.]+) +\|.*?\| +([\d.]+) \|", out)
     assert code == 0 and [value for value, _ in rows] == ["2", "1", "0.5", "0.2", "0.05"]
     assert float(rows[0][1]) < float(rows[-1][1])

@@ -293,9 +293,12 @@ def rivals_on(task: str) -> Experiment:
     runs = e.runs | {"seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
     runs |= {name: f"{TRAJECTORY} --window=2 --batch_size={rows}"
              for name, rows in (("window-2", batch // 2), ("window-2-twice", batch))}  # fmt: skip
+    relay = f"--stage=target --recipe=relay-trajectory {FROM_BASE}"
+    runs["relay-trajectory"] = f"{relay} --window=2 --batch_size={batch // 2}"
     curves = [*kept, Curve("ReMix, untrained", "seqd", {"js_reset": 0.3}, {"weight": "remix"}, more=more)]
     curves += [Curve(name, name, more=more) for name in RIVALS]
-    curves += [Curve("RCD, window of 2", "window-2", more=more),
+    curves += [Curve("relay-trajectory, window of 2", "relay-trajectory", more=more),
+               Curve("RCD, window of 2", "window-2", more=more),
                Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=more),
                Curve("RCD, window of 2, twice the tokens", "window-2-twice", more=more)]  # fmt: skip
     about = f"{task}: what is carried from step to step, by other papers"
