@@ -1,5 +1,6 @@
-"""The experiments: their commands are commands of train.py, cells are made once, figures are right."""
+"""The experiments: their commands exist, cells are made once, figures are right."""
 
+import importlib
 import json
 import os
 import re
@@ -26,9 +27,15 @@ def test_every_experiment_names_runs_and_options_that_exist(name):
     cells = experiment.Cells(name, 1)
     e = cells.e
     for run in e.runs:
-        o, shape, _ = arguments("", train.Train, train.Shape, Carry, argv=cells.command(run),
-                                presets=lambda _: {"recipe": "trajectory"})  # fmt: skip
+        program, *options = cells.command(run)
         earlier = [cells.folder(r) for r in list(e.runs)[: list(e.runs).index(run)]]
+        if program == "-m":
+            (o,) = arguments("", importlib.import_module(f"{options[0]}.__main__").Train, argv=options[1:])
+            assert o.model in earlier and f"{o.name}/{o.model.split('/')[-1]}" == cells.folder(run)
+            continue
+        assert program == "train.py"
+        o, shape, _ = arguments("", train.Train, train.Shape, Carry, argv=options,
+                                presets=lambda _: {"recipe": "trajectory"})  # fmt: skip
         assert {o.init_from, o.reference} - {""} <= set(earlier)  # runs that are made before this one
         train.checked(o, shape, pick_device("cpu", "")[0])
     for c in e.curves:
@@ -53,6 +60,7 @@ def test_experiments_that_share_a_folder_mean_the_same_runs_by_the_same_names():
     ("policies", "RCD, policy", ["base", "rcd"], ["policy-1"]),
     ("reference", "larger, warm", ["base", "large-base", "large", "letter-large"], []),
     ("text", "SeqD", ["base", "judge", "seqd"], []),
+    ("rewards", "RCD, rewards", ["base", "rcd", "rcd-grpo"], []),
 ])  # fmt: skip
 def test_a_part_has_the_runs_that_its_curves_need(name, label, runs, policies):
     whole = experiment.EXPERIMENTS[name]

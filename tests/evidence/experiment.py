@@ -1,10 +1,10 @@
 """A named experiment over several seeds, in one command: `python tests/evidence/experiment.py sudoku`.
 
-An experiment is a list of runs, each one command line of train.py, and a list of curves, each a trained model
-under the sampler with accuracy (for text: infilling and the verdict of an autoregressive judge) over step
-budgets and confidence thresholds. Runs and curves are cells under out/<experiment>/. A finished one is not
-made again, an interrupted run goes on where it stopped. So the command may be killed and typed again, and
-different seeds may be made side by side in different shells.
+An experiment is a list of runs, each one command line, mostly of train.py, and a list of curves, each a
+trained model under the sampler with accuracy (for text: infilling and the verdict of an autoregressive judge)
+over step budgets and confidence thresholds. Runs and curves are cells under out/<experiment>/. A finished one
+is not made again, an interrupted run goes on where it stopped. So the command may be killed and typed again,
+and different seeds may be made side by side in different shells.
 
 What comes out, beside this file: <experiment>.json (every figure, its interval, every command),
 <experiment>.md (the table) and, unless it is an ablation of many curves, <experiment>.png. Accuracy is the
@@ -58,7 +58,8 @@ class Experiment:
 
     about: str
     options: str  # of train.py, for every run
-    runs: dict[str, str]  # name -> further options of train.py; {name} is the model of an earlier run
+    runs: dict[str, str]  # name -> further options of train.py; {name} is the model of an earlier run;
+    # or "-m MODULE --model={name} ...": another program, which trains that model on
     curves: list[Curve]
     steps: tuple[int, ...] = (1, 2, 4, 6, 9, 13, 26)
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
@@ -308,6 +309,14 @@ def rivals_on(task: str) -> Experiment:
 EXPERIMENTS |= {
     "rivals": rivals_on("sudoku"),
     "rivals-sums": rivals_on("sums-alike"),
+    "rewards": replace(
+        EXPERIMENTS["sudoku"], about="Sudoku: a third stage on rewards, by coupled-GRPO",
+        runs=EXPERIMENTS["sudoku"].runs | {f"{run}-grpo": f"-m zoo.rivals.coupled_grpo --model={{{run}}} "
+                                           "--steps=60" for run in ("seqd", "rcd")},
+        curves=[*HARD[:2], Curve("SeqD, rewards", "seqd-grpo", {"carry": "none"}, more=MORE),
+                Curve("RCD, rewards", "rcd-grpo", more=MORE)],
+        folder="sudoku", by_curve=True,
+    ),
     "rules": replace(
         EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by other papers' rules",
         curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)],
@@ -373,16 +382,24 @@ class Cells:
         own = re.search(r"--seed=(\d+)", self.e.runs[run])
         return f"{self.name}/{run}-{own[1] if own else self.seed}"
 
+    def stage(self, run: str) -> str:
+        """What train.py calls its stage; another program keeps that of the model which it goes on from."""
+        named = re.search("--stage=([a-z]+)", self.e.runs[run])
+        return named[1] if named else self.stage(re.search(r"--model=\{(.+?)\}", self.e.runs[run])[1])
+
     def folder(self, run: str) -> str:
         """Name of its model, as train.py and zoo.load take it."""
-        return f"{self.run(run)}/{re.search('--stage=([a-z]+)', self.e.runs[run])[1]}"
+        return f"{self.run(run)}/{self.stage(run)}"
 
     def command(self, run: str) -> list[str]:
+        """What follows `python`."""
         options = self.e.runs[run].format(**{r: self.folder(r) for r in self.e.runs})
         seed = [] if "--seed" in options else [f"--seed={self.seed}"]
+        if options.startswith("-m"):
+            return [*options.split(), f"--data={self.data}", *seed, f"--name={self.run(run)}"]
         always = [f"--name={self.run(run)}", "--test_items=0", "--eval_items=0"]
         own = [f"--data={self.data}"] if self.e.prepare else []
-        return [*own, *self.e.options.split(), *options.split(), *seed, *always]
+        return ["train.py", *own, *self.e.options.split(), *options.split(), *seed, *always]
 
     def prepare(self) -> str:
         """Make the experiment's own data set, if it has one and it is not there. -> the command, or ""."""
@@ -395,9 +412,9 @@ class Cells:
 
     def train(self, run: str) -> None:
         if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
-            print(f"python train.py {' '.join(self.command(run))}", flush=True)
+            print(f"python {' '.join(self.command(run))}", flush=True)
             started = (ROOT / "out" / self.folder(run) / "state.safetensors").is_file()
-            command = [sys.executable, "train.py", *self.command(run), *(["--resume"] if started else [])]
+            command = [sys.executable, *self.command(run), *(["--resume"] if started else [])]
             if not succeeds(command):
                 stopped = f"{run} of seed {self.seed} did not finish"
                 raise ValueError(f"{stopped}: see above; the same command goes on from here")
@@ -652,7 +669,7 @@ def main() -> None:
         commands += filter(None, [cells.prepare()])
         for name in e.runs:
             cells.train(name)
-            commands.append("python train.py " + " ".join(cells.command(name)))
+            commands.append("python " + " ".join(cells.command(name)))
         for name in e.policies:
             cells.train_policy(name)
             commands.append("python -m zoo.tools.policy " + " ".join(cells.policy_command(name)))
