@@ -53,6 +53,7 @@ from data.canvases import Puzzles, canvas_of, canvases, task_of
 from rcd import Step, Transformer, denoise
 from zoo.decoding import Carry, Decoding
 from zoo.files import write_atomic
+from zoo.rivals import carries
 from zoo.tools import distributed, volume
 from zoo.tools.animation import animation
 from zoo.tools.command import arguments, autocast, pick_device, run
@@ -122,8 +123,8 @@ def main() -> None:
     print(f"{loaded.folder}: {parameters:,} parameters\n{reason}", file=sys.stderr)
 
     # Load the reference if it is needed: for a warm start, and as SeqD.
-    carries = sampler.carry == "residual"
-    needed = o.compare or o.eval or carries and sampler.start == "warm"
+    name, carried = carries.label(loaded.model), sampler.carry == "residual"
+    needed = o.compare or o.eval or carried and sampler.start == "warm"
     reference = load_reference(loaded, o.reference, device, stored) if needed else None
     warm = reference and reference.model
     # A fair SeqD had as much training without a residual: the reference, if it has the model's shape.
@@ -153,14 +154,14 @@ def main() -> None:
             plot(rows, o.plot, f"{o.model} on {o.eval}")
         return
 
-    settings = [Setting("RCD" if carries else "SeqD", loaded.model, warm, sampler, residual)]
+    settings = [Setting(name if carried else "SeqD", loaded.model, warm, sampler, residual)]
     if o.prompts:
         return fill_file(o, settings[0], loaded, task, dtype)
     if o.compare:
         label = f"SeqD ({'same weights' if seqd is loaded else 'reference'})"
-        plain, carried = replace(sampler, carry="none"), replace(sampler, carry="residual")
+        plain, carrying = replace(sampler, carry="none"), replace(sampler, carry="residual")
         settings = [Setting(label, seqd.model, None, plain, residual)]
-        settings += [Setting("RCD", loaded.model, warm, carried, residual)]
+        settings += [Setting(name, loaded.model, warm, carrying, residual)]
     watch(o, settings, loaded, task, device, dtype)
 
 

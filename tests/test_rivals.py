@@ -31,6 +31,7 @@ from zoo.rivals.rules import Klass, divergence, factor
 from zoo.rivals.softmask import SoftMask
 from zoo.tools import policy as trainer
 from zoo.tools.command import arguments
+from zoo.tools.evaluate import sweep
 
 sys.path.insert(0, str(Path(__file__).parent / "evidence"))
 import experiment  # noqa: E402
@@ -753,6 +754,16 @@ def test_a_cell_whose_prediction_jumps_reads_the_bare_mask(tiny):
 def test_a_learned_carry_says_what_it_cannot_do(tiny, options, words):
     with pytest.raises(ValueError, match=words):
         next(denoise(with_carry(tiny, "gemma"), torch.tensor([CANVASES[1]]), Decoding(**options)))
+
+
+def test_tables_call_a_model_by_its_carry_and_start_it_as_it_can(tiny):
+    plain, model = tiny(seed=3), with_carry(tiny, "loopholing")
+    for target, starts in ((plain, ["RCD (cold)", "RCD (warm)"]), (model, ["loopholing (cold)"])):
+        settings = sweep(plain, target, plain, Decoding(), Carry(), 9.0, steps=[3], thresholds=[0.9])
+        assert [*dict.fromkeys(s.label for s in settings)] == ["SeqD", *starts]
+        for s in settings:
+            given = torch.tensor(CANVASES[:1])
+            list(denoise(s.model, given, s.sampler, s.residual, reference=s.reference))
 
 
 def test_rules_and_carries_compose(tiny):

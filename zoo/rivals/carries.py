@@ -59,6 +59,11 @@ def of(model: Transformer) -> nn.Module | None:
     return carry
 
 
+def label(model: Transformer) -> str:
+    """What tables call a model that reads what was carried: RCD, or the name of its own carry."""
+    return next(iter(model.carry)) if hasattr(model, "carry") else "RCD"
+
+
 def attach(model: Transformer, name: str, seed: int) -> Transformer:
     """Give the model the carry `name`, unless it has it; any other name takes away the one it has.
 

@@ -16,6 +16,7 @@ from rcd import Residual, Sampler, Transformer, denoise
 from zoo.decoding import Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
+from zoo.rivals import carries
 from zoo.tools import distributed
 from zoo.tools.command import autocast
 
@@ -111,7 +112,8 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
 def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer | None, sampler: Decoding,
           residual: Residual, tokens: float, steps: list[int] | None = None,
           thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
-    """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm.
+    """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm;
+    or in place of RCD a model with a carry of its own, which knows no warm start.
 
     Each over step budgets and over thresholds, or over the rule's values in SWEPT. Default budgets: 1, 2, 4,
     and those that fill 8, 5, 3, 2 or 1 of the `tokens` of a canvas per step. None is below `blocks`, the most
@@ -129,9 +131,10 @@ def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer 
     settings = []
     if seqd is not None:
         settings = [Setting("SeqD", seqd, None, replace(s, carry="none"), residual) for s in samplers]
-    for start in dict.fromkeys(["cold", *(["warm"] if reference else []), sampler.start]):
+    name = carries.label(target)
+    for start in dict.fromkeys(["cold", *(["warm"] if reference and name == "RCD" else []), sampler.start]):
         carried = [replace(s, carry="residual", start=start) for s in samplers]
-        settings += [Setting(f"RCD ({start})", target, reference, s, residual) for s in carried]
+        settings += [Setting(f"{name} ({start})", target, reference, s, residual) for s in carried]
     return settings
 
 
