@@ -244,11 +244,12 @@ def test_a_conversation_is_the_templates(tmp_path, tiny):
 
 
 def test_the_command_line(tasks, folder, monkeypatch, capsys):
-    """python -m zoo.tools.harness is lm_eval's own, with the model rcd."""
+    """python -m zoo.tools.harness is lm_eval's own, with the model rcd. Without --device lm_eval asks for
+    cuda:0 everywhere; the best device that is there is taken."""
     from lm_eval.tasks import TaskManager
 
     args = f"pretrained={folder},carry=residual,threshold=0.85"
-    rest = [f"--include_path={tasks[0]}", "--tasks=tiny_write", "--batch_size=4", "--device=cpu"]
+    rest = [f"--include_path={tasks[0]}", "--tasks=tiny_write", "--batch_size=4"]
     few = functools.partial(TaskManager, include_defaults=False)  # of thousands of files
     monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
     monkeypatch.setattr(sys, "argv", ["lm_eval", "--model=rcd", f"--model_args={args}", *rest])

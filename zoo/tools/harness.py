@@ -102,13 +102,16 @@ class Harness(LM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "Harness":
         """From --model_args as a dict, and lm_eval's own batch_size and device."""
-        argv = []
-        for name, value in {**arg_dict, **(additional_config or {})}.items():
+        argv, own = [], dict(additional_config or {})
+        if own.get("device") == "cuda:0" and not torch.cuda.is_available():
+            del own["device"]  # lm_eval says so where nobody chose
+        for name, value in {**arg_dict, **own}.items():
             flag = {True: [f"--{name}"], False: [f"--no-{name}"], None: []}
             argv += flag[value] if value is None or isinstance(value, bool) else [f"--{name}={value}"]
         options = partial(arguments, __doc__, Options, Decoding, Carry, argv=argv)
         o, _, _ = options()
-        device, dtype, _ = pick_device(o.device, o.dtype)
+        device, dtype, reason = pick_device(o.device, o.dtype)
+        print(reason, file=sys.stderr)
         stored = torch.float32 if o.dtype == "float32" else None
         loaded = zoo.load(o.pretrained, device, stored)
         o, sampler, residual = options(presets=partial(recommended, loaded))
