@@ -128,7 +128,7 @@ def check_options(o, block_size: int) -> None:
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
-        (o.window > 1 and not trajectory, f"--window is read by --recipe=trajectory, not by {o.recipe}"),
+        (o.window > 1 and not trajectory, f"--window is read by recipes on trajectories, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
         (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
