@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model, one thread, and hypothesis examples that are always the same."""
 
+import functools
 import gc
 import math
 import os
@@ -11,16 +12,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
-def pytest_collectstart(collector):
-    """Before the first import of torch, which takes seconds: the process that starts the others collects
-    nothing, and they wait for it."""
-    if isinstance(collector, pytest.Session):
-        import hypothesis
-        import torch
+@functools.cache
+def settle() -> None:
+    import hypothesis
+    import torch
 
-        torch.set_num_threads(1)
-        hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
-        hypothesis.settings.load_profile("tests")
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("tests")
+
+
+def pytest_collectstart():
+    """Before a module of tests is imported. Not sooner: the process that starts the others collects nothing,
+    they wait for it, and torch takes seconds."""
+    settle()
 
 
 def tiny_model(seed: int = 0, gain: float = 1.5, **options):

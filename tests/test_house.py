@@ -6,8 +6,11 @@ import graphlib
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+import torch
 
+AT_IMPORT = hypothesis.settings()  # what @given finds
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = [*ROOT.glob("*.py"), *ROOT.glob("zoo/**/*.py"), *ROOT.glob("data/**/*.py")]
 FLOORS = ["rcd", "zoo", "zoo.tools", "data", "scripts"]  # imports go down
@@ -131,3 +134,8 @@ def test_what_the_source_does_not_do():
                     if "weights_only=True" not in map(ast.unparse, options):
                         found.add((name, "torch.load"))
     assert not found - ALLOWED
+
+
+def test_hypothesis_draws_the_same_examples_everywhere_and_never_runs_out_of_time():
+    assert AT_IMPORT.derandomize and AT_IMPORT.deadline is None and AT_IMPORT.database is None
+    assert torch.get_num_threads() == 1
