@@ -54,11 +54,11 @@ class Dataset:
 
     def segments(self, split: str) -> np.memmap | None:
         """(N, L) uint16, number of the document in its row from 1, 0 = padding; None if not packed."""
-        self._expect(split)
         return _open(self.folder / f"{split}_segments.npy") if self.packed(split) else None
 
     def packed(self, split: str) -> bool:
         """Whether a row of this split can hold several documents."""
+        self._expect(split)
         return split in self.meta.get("packed", ())
 
     def _expect(self, split: str) -> None:

@@ -185,8 +185,7 @@ class SharedTrajectories(Trajectories):
     """This process's rows of `rows` trajectories. New canvases are drawn for all processes together, those of
     process 0 first, as one process would draw them."""
 
-    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
-                 *how):  # fmt: skip
+    def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", *how):
         """how: packed, window, bound, advance of Trajectories."""
         self.rows, self.mine = rows, share(rows)
         super().__init__(config, self.mine.stop - self.mine.start, length, device, *how)
