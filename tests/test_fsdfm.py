@@ -389,6 +389,17 @@ def test_given_tokens_stay_and_no_mask_is_left(c):
     assert torch.equal(first[-1], again[-1]) and not torch.equal(first[-1], other[-1])
 
 
+def test_a_temperature_raises_p_to_its_inverse():
+    """The last draw is from p^(1/T), normalised. Jumps are those of a network with logits / T."""
+    z, canvas = log(P), torch.full((1, 40_000), MASK)
+    flatter, same = (lambda x, t, h, s=s: (z / s).expand(*x.shape, 5) for s in (2.0, 1.0))
+    runs = [list(fsdfm.sample(same, UNIFORM, canvas, 3, seeded(), temperature=2.0))]
+    runs += [list(fsdfm.sample(network, UNIFORM, canvas, 3, seeded())) for network in (flatter, same)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs[:2], strict=True))
+    assert not torch.equal(runs[0][0], runs[2][0])
+    assert close_to(runs[0][-1][0].bincount(minlength=5), P.sqrt() / P.sqrt().sum())
+
+
 @pytest.mark.parametrize("steps", [0, 1025])
 def test_steps_that_were_not_trained_are_refused(steps):
     with pytest.raises(ValueError, match="between 1 and 1024"):
@@ -516,6 +527,7 @@ def test_the_table_of_a_judge(text, tmp_path, monkeypatch, tiny, capsys):
 @pytest.mark.parametrize("argv,message", [
     (["train", "--teacher=x"], "choose from rk4, rk2"), (["train", "--steps=-1"], "at least 1"),
     (["sample", "--steps=8,x"], "should be numbers"), (["sample", "--count=0"], "at least 1"),
+    (["sample", "--temperature=0"], "must be above 0"),
     (["x"], "not x"), ([], "train or sample"), (["sample", "--model=none"], "no model 'none'"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):

@@ -160,14 +160,15 @@ def few_step_loss(model: DiT, teacher: Network, x_1: Tensor, generator: Generato
 
 @torch.no_grad()
 def sample(model: Network, c: DiTConfig, canvas: Tensor, steps: int, generator: Generator | None = None,
-           rate: str = "cumulative") -> Iterator[Tensor]:  # fmt: skip
+           rate: str = "cumulative", temperature: float = 1.0) -> Iterator[Tensor]:  # fmt: skip
     """Fill every [MASK] of canvas (B, T) in so many forward passes. Yields x (B, T) after each. Given tokens
-    stay. Raises ValueError for more steps than the 1,024 that were trained."""
+    stay. temperature: p is softmax(logits / temperature), in jumps and in the last draw. Raises ValueError
+    for more steps than the 1,024 that were trained."""
     check(1 <= steps <= GRID, f"steps={steps} must lie between 1 and {GRID}")
     fill, h = canvas == c.mask_id, torch.full((len(canvas),), 1 / steps, device=canvas.device)
     x = torch.where(fill, source(c, canvas, generator), canvas)
     for s in range(steps):
-        logits, t = model(x, s * h, h), s * h
+        logits, t = model(x, s * h, h) / temperature, s * h
         last = s == steps - 1
         new = draw(probabilities(logits), generator) if last else jump(c, logits, x, t, h, generator, rate)
         x = torch.where(fill & movable(c, x), new, x)

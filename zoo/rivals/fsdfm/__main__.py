@@ -90,6 +90,7 @@ class Sample:
     count: int = 4  # texts
     prompt: str = ""  # the texts begin with it
     rate: str = "cumulative"  # scalar of the jumps: cumulative | instantaneous | one
+    temperature: float = 1.0  # of every draw: texts of two models compare at equal entropy
     judge: str = ""  # an autoregressive run: show a table instead of the texts
     seed: int = 1337  # of the draws
     device: str = ""  # cuda | mps | cpu; default: the best one found
@@ -198,6 +199,7 @@ def write(argv: list[str]) -> None:
     budgets = [int(s) for s in o.steps.split(",") if s.strip().isdigit()]
     check(len(budgets) == o.steps.count(",") + 1, f"steps={o.steps!r} should be numbers like 1,8,64")
     check(o.count > 0, f"count={o.count} must be at least 1")
+    check(o.temperature > 0, f"temperature={o.temperature} must be above 0")
     device, dtype, _ = pick_device(o.device, o.dtype)
     folder = zoo.find(o.model)
     model, tokens, meta = load(folder, device), tokenizer.load(folder), read_json(folder / "train.json")
@@ -215,8 +217,9 @@ def write(argv: list[str]) -> None:
         print(f"  steps perplexity  entropy\n   real {judged(judge.model, texts)}")
     for steps in budgets:
         generator = torch.Generator(device).manual_seed(o.seed)
+        drawn = sample(model, model.config, canvas, steps, generator, o.rate, o.temperature)
         with autocast(device, dtype), progress(steps, f"{steps} steps", "steps", leave=False) as bar:
-            for x in sample(model, model.config, canvas, steps, generator, o.rate):  # noqa: B007
+            for x in drawn:  # noqa: B007
                 bar.update()
         if o.judge:
             print(f"{steps:7} {judged(judge.model, x)}", flush=True)
