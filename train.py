@@ -177,14 +177,14 @@ def train_stage(stage: str, r: models.Run) -> None:
     def losses(step: int, generator: Generator, noise: Generator) -> Iterator[Tensor]:
         """This process's part of the loss of a batch, in as many summands as --accumulate says."""
         if trajectories:
-            some, fresh = turn(step), lambda n: move(draw(n, generator), device)
+            some, fresh = turn(step), lambda n, *mine: move(draw(n, generator, *mine), device)
             for i, n in enumerate(rows):
                 with autocast(device, dtype):
                     part = functools.partial(some[i].loss, model, fresh, r.residual, noise)
                     loss = parallel.loss(part, last=i == len(rows) - 1)
                 yield loss * (n / o.batch_size)
             return
-        pieces = split_rows(draw(o.batch_size, generator), rows)
+        pieces = split_rows(draw(o.batch_size, generator, distributed.rows_of(rows)), rows)
         counts = [maskable(model.config, response, at).sum(1) for _, response, at in pieces]  # of each row
         whole = sum(int(count.sum()) for count in counts)
         some = [i for i, count in enumerate(counts) if count.any() or not whole]  # rows with an answer

@@ -29,7 +29,7 @@ from zoo.experts import Experts
 from zoo.files import load
 from zoo.recipes import Trajectories, init_weights
 from zoo.tokenizer import Tokenizer, bytes_tokenizer
-from zoo.tools import budget, checks, command, models, training
+from zoo.tools import budget, checks, command, distributed, models, training
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -414,6 +414,46 @@ def test_a_batch_is_rows_of_the_files(packed):
         numbers.append(segments)
     numbers = np.stack(numbers)
     assert (numbers == 0).any() and (numbers == 2).any() and not response.numpy()[numbers == 0].any()
+
+
+@pytest.mark.parametrize("kind", ["packed", "stream"])
+def test_processes_read_the_tokens_of_their_own_rows(kind, packed, monkeypatch):
+    """Together all of a batch, each row once. Of the others they know where answers and documents lie."""
+    dataset, pieces = data.load(packed), [5, 3, 4]
+    if kind == "stream":
+        monkeypatch.setattr(data.Dataset, "response", lambda *_: None)
+        monkeypatch.setattr(data.Dataset, "segments", lambda *_: None)
+        monkeypatch.setattr(data.Dataset, "tokens", lambda *_: np.arange(1, 5000, dtype=np.uint16))
+    read, tokens = [], np.asarray(dataset.tokens("train"))
+
+    class Noted:
+        """The file of tokens, which notes the rows that are asked for."""
+
+        def __len__(self) -> int:
+            return len(tokens)
+
+        def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+            read.append(len(rows))
+            return tokens[rows]
+
+    monkeypatch.setattr(data.Dataset, "tokens", lambda *_: Noted())
+    draw, whole, seen = training.batches(dataset, "train", 40), None, []
+    for size in (1, 3):
+        monkeypatch.setattr(distributed, "processes", lambda size=size: size)
+        for rank in range(size):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            mine = distributed.rows_of(pieces)
+            x, response, positions = draw(12, torch.Generator().manual_seed(3), mine)
+            whole = (x, response, positions) if size == 1 else whole
+            others = np.setdiff1d(np.arange(12), mine)
+            assert torch.equal(x[mine], whole[0][mine]) and not x[others].any() and whole[0].any(1).all()
+            assert torch.equal(response, whole[1])
+            assert positions is whole[2] is None or torch.equal(positions, whole[2])
+            # What own() keeps of each piece, with the same share.
+            kept = [rows[distributed.share(len(rows))] for rows in torch.arange(12).split(pieces)]
+            assert mine.tolist() == torch.cat(kept).tolist() and read.pop() == len(mine) and not read
+            seen += mine.tolist() if size > 1 else []
+    assert sorted(seen) == list(range(12))
 
 
 def test_conversion_of_another_model(run):

@@ -36,7 +36,7 @@ def sometimes_absent(context: Context, probability: float) -> Context:
     return thinned
 
 
-Fresh = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]  # n -> tokens, response, positions (n, T)
+Fresh = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # n -> tokens, response, positions (n, T)
 
 
 class Trajectories:

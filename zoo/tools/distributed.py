@@ -1,9 +1,9 @@
 """Several processes train one model: `torchrun --nproc_per_node=N train.py ...`, one process for each GPU.
 
 A batch is the same for every number of processes. Each of them draws all of it, with its noise, from the
-seeds of the step, and keeps its own rows: process 0 the first ones, and so on. DDP adds up the gradients, or
-FSDP2 if the model does not fit into one process. So N processes take the steps that one would take, but for
-the order in which float32 numbers are added.
+seeds of the step, but reads the tokens of its own rows only: process 0 of the first ones, and so on. DDP adds
+up the gradients, or FSDP2 if the model does not fit into one process. So N processes take the steps that one
+would take, but for the order in which float32 numbers are added.
 
 Everything here also holds for one process without torchrun: it has all the rows and waits for nobody.
 """
@@ -11,6 +11,7 @@ Everything here also holds for one process without torchrun: it has all the rows
 import contextlib
 import datetime
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -154,6 +156,12 @@ def share(n: int, of: int | None = None) -> slice:
     return slice(n * r // size, n * (r + 1) // size)
 
 
+def rows_of(pieces: list[int]) -> np.ndarray:
+    """The rows of a batch that belong to this process: its share of each piece, of so many rows."""
+    starts = itertools.accumulate(pieces, initial=0)
+    return np.concatenate([start + np.arange(n)[share(n)] for start, n in zip(starts, pieces)])
+
+
 def own(tokens: Tensor, response: Tensor, positions: Tensor | None, t: Tensor, noise: Generator):
     """This process's rows of a piece (n, T) that all of them drew alike: tokens, response, positions, and t
     and draws by name, as diffusion_loss takes them. Rows of no answer count as answers: they have no weight,
@@ -183,7 +191,7 @@ def gather(x: Tensor, n: int) -> Tensor | None:
 
 class SharedTrajectories(Trajectories):
     """This process's rows of `rows` trajectories. New canvases are drawn for all processes together, those of
-    process 0 first, as one process would draw them."""
+    process 0 first, as one process would draw them. Each reads its own."""
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", *how):
         """how: packed, window, bound, advance of Trajectories."""
@@ -197,7 +205,8 @@ class SharedTrajectories(Trajectories):
         empty[rank()] = int((~self.state["masked"].any(dim=1)).sum())
         empty = total(empty).tolist()  # in every process
         start, n = sum(empty[: rank()]), sum(empty)
-        new, mine = fresh(n) if n else (), slice(start, start + empty[rank()])
+        mine = slice(start, start + empty[rank()])
+        new = fresh(n, mine) if n else ()
         self.drawn = super().draws(n, generator)[:, mine]
         rows = [x if x is None else x[mine] for x in new]
         return super().step(model, lambda _: rows, residual, generator)

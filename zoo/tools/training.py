@@ -39,24 +39,31 @@ from zoo.tools.sinks import SINKS
 LOSSES = {"1/t": diffusion_loss, "1": functools.partial(diffusion_loss, bound=False),
           "complementary": complementary_loss}  # fmt: skip
 Batch = tuple[Tensor, Tensor, Tensor | None]  # tokens, response (bool), positions of packed rows: each (B, T)
-Draw = Callable[[int, torch.Generator], Batch]  # rows, generator -> a batch on the host
+Draw = Callable[..., Batch]  # rows, generator, mine (default: all) -> a batch on the host
 
 
 def batches(dataset, split: str, length: int) -> Draw:
-    """Random examples of a data.Dataset, packed or not; of a stream, random windows with nothing given."""
+    """Random examples of a data.Dataset, packed or not; of a stream, random windows with nothing given.
+
+    Several processes draw the same rows, and each reads the tokens of its own, `mine`: the others' are 0. All
+    of them read where answers and documents lie, for a loss is divided by all answers, and a noise level
+    belongs to a document.
+    """
     tokens, response, segments = dataset.tokens(split), dataset.response(split), dataset.segments(split)
     if response is None and len(tokens) < length:
         raise ValueError(f"length={length}: the {split} split of {dataset.name} has {len(tokens):,} tokens")
 
-    def draw(rows: int, generator: torch.Generator) -> Batch:
+    def draw(rows: int, generator: torch.Generator, mine: slice | np.ndarray = slice(None)) -> Batch:
+        x = np.zeros((rows, length), np.int64)
         if response is None:
             at = torch.randint(len(tokens) - length + 1, (rows,), generator=generator).numpy()
-            x = tokens[at[:, None] + np.arange(length)]  # (B, T), one gather from the memory map
-            return torch.from_numpy(x.astype(np.int64)), torch.ones(rows, length, dtype=torch.bool), None
+            x[mine] = tokens[at[mine, None] + np.arange(length)]  # (b, T), one gather from the memory map
+            return torch.from_numpy(x), torch.ones(rows, length, dtype=torch.bool), None
         at = torch.randint(len(tokens), (rows,), generator=generator).numpy()
+        x[mine] = tokens[at[mine]]
         numbers = None if segments is None else torch.from_numpy(segments[at].astype(np.int64))
         positions = None if numbers is None else document_positions(numbers)
-        return torch.from_numpy(tokens[at].astype(np.int64)), torch.from_numpy(response[at]), positions
+        return torch.from_numpy(x), torch.from_numpy(response[at]), positions
 
     return draw
 
