@@ -60,8 +60,8 @@ class Train:
     stage: str = "all"  # base | reference | target | all
     recipe: str = ""  # whose residual stage 2 reads: paper (Algorithm 1: the frozen reference's) | earlier
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
-    # or another paper's, of zoo/rivals: soft-mask | loopholing | relay | gemma (also as NAME-trajectory,
-    # which trains like trajectory) | scmdm | loop; default: trajectory below 64 tokens to fill, else earlier
+    # or another paper's, of zoo/rivals: soft-mask | loopholing | relay | gemma | loop (NAME-trajectory trains
+    # them like trajectory) | scmdm; default: trajectory below 64 tokens to fill, else earlier
     absent: float = 0.0  # all recipes but trajectory: share of rows without a residual, as in a cold start;
     # default of earlier: 0.3, of another paper's: its own
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns

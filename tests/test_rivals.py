@@ -460,7 +460,7 @@ def test_wino_says_what_it_cannot_do(tiny, options, model_options, words):
 # ---- Carries
 
 
-HANDING_ON = [name for name in carries.LEARNED if name != "loop"]  # which hands nothing on
+HANDING_ON = [*carries.OWN, "loop"]  # which hands p.E on, if it was trained as loop-trajectory
 
 
 def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
@@ -478,6 +478,8 @@ def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
 def carried(model, name: str, hidden, p) -> torch.Tensor:
     """What a masked cell reads (D,) after a pass that left hidden (D,) and p (V,), by the paper's formula."""
     E, own = model.embedding, carries.of(model)
+    if name == "loop":
+        return (E[MASK] + p @ E) / 2
     mask, D = E[MASK], len(hidden)
     if name == "soft-mask":
         entropy = -sum(q * math.log(q) for q in p.tolist() if q > 0)
@@ -512,7 +514,7 @@ def pass_by_hand(model, tokens, soft, stop):
 def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
     """One token a step, a batch of unequal rows; every confidence is that of a forward by hand."""
     model, (canvas, lengths) = with_carry(tiny, name, block_size=block_size), padded(CANVASES[:2])
-    steps = list(denoise(model, canvas, Decoding(), Carry(weight="learned"), lengths=lengths))
+    steps = list(denoise(model, canvas, Decoding(), Carry(**RECIPES[f"{name}-trajectory"]), lengths=lengths))
     differs = 0.0
     for row, length in enumerate(lengths.tolist()):
         tokens, soft, b = canvas[row, :length].tolist(), {}, block_size or length
@@ -529,11 +531,11 @@ def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
             tokens = step.tokens[row, :length].tolist()
             left = [i for i in cells if tokens[i] == MASK]
             soft = {i: carried(model, name, hidden[i], p[i]) for i in left}
-            assert (step.alpha[row, left] == 1).all()
+            assert (step.alpha[row, left] == (0.5 if name == "loop" else 1)).all()
     assert differs > 0.05  # the carry matters
 
 
-@pytest.mark.parametrize("name", HANDING_ON)
+@pytest.mark.parametrize("name", carries.OWN)
 def test_training_reads_it_in_a_second_pass(tiny, name, monkeypatch):
     """The loss by hand, and whether the gradient goes through the first pass: only Relay's does."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # all in float64, for differences
@@ -586,13 +588,14 @@ def test_a_trajectory_trains_on_what_sampling_hands_on(tiny, name, block_size):
     the step before, cold at first. The carry learns; no gradient goes through an earlier step."""
     model, T = with_carry(tiny, name, block_size=block_size), 8
     tokens = torch.randint(MASK, (1, T), generator=seeded(0))
-    trajectories = Trajectories(model.config, 1, T, advance=carries.trajectory_step)
+    recipe = f"{name}-trajectory"
+    trajectories = Trajectories(model.config, 1, T, advance=carries.step_of(recipe))
     trajectories.draws = lambda *_: torch.tensor([[0.0], [1.0], [0.0]])  # one token a step in each block
     whole = torch.ones(1, T, dtype=torch.bool)
     s, soft, differs = trajectories.state, {}, 0.0
     for number in range(3):
         masked, own, kept = (s["masked"] if number else whole)[0].tolist(), 0.0, {}
-        loss = trajectories.loss(model, lambda n: (tokens, whole, None), None, seeded(0))
+        loss = trajectories.loss(model, lambda n: (tokens, whole, None), Carry(**RECIPES[recipe]), seeded(0))
         for start in range(0, T, block_size or T):  # the blocks side by side, each after the true ones
             stop = start + (block_size or T)
             ids = [MASK if start <= i < stop and masked[i] else int(tokens[0, i]) for i in range(T)]
@@ -606,7 +609,7 @@ def test_a_trajectory_trains_on_what_sampling_hands_on(tiny, name, block_size):
         model.zero_grad()
         loss.backward()
         learned = [bool(p.grad is not None and p.grad.abs().sum() > 0) for p in model.carry.parameters()]
-        assert any(learned) == (number > 0)  # the first step has nothing to read
+        assert any(learned) == (number > 0 or name == "loop")  # a carry has nothing to read at first
         assert not any(v.requires_grad for v in s.values())
         soft = {i: carried(model, name, *kept[i]) for i in kept if s["masked"][0, i]}
     assert differs > 0.05  # the carry matters
@@ -617,7 +620,7 @@ def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_pat
     model, tokens = tiny(seed=2), torch.randint(MASK, (4, 12), generator=seeded(0))
     plain = diffusion_loss(model, tokens, generator=seeded(1))
     carries.attach(model, name, seed=5)
-    again = diffusion_loss(model, tokens, context=carries.own_context, generator=seeded(1))
+    again = diffusion_loss(model, tokens, context=carries.context_of(name, None), generator=seeded(1))
     torch.testing.assert_close(plain, again)
     files.save(model, tmp_path)
     loaded = files.load(tmp_path)
@@ -627,7 +630,8 @@ def test_a_new_carry_changes_nothing_is_saved_and_comes_back(tiny, name, tmp_pat
     assert all(torch.equal(p, twin.get_parameter(n)) for n, p in model.named_parameters())
     kept = model.carry
     assert carries.attach(model, name, seed=6).carry is kept  # it keeps the one it has
-    assert carries.of(carries.attach(model, "trajectory", seed=6)) is None  # which another recipe takes away
+    assert not hasattr(carries.attach(model, "trajectory", seed=6), "carry")  # another recipe takes it away
+    assert not any(layer._forward_hooks for layer in model.layers)
     assert model.state_dict().keys() == tiny(seed=2).state_dict().keys()
 
 
@@ -641,11 +645,11 @@ def test_a_loop_applies_the_early_middle_layers_twice(tiny):
     a, b, c, d = plain.layers
     y = b(a(x, *rest), *rest)
     y = c(y, *rest)
-    y = y + carries.of(model).gate * (c(b(y, *rest), *rest) - y)
+    y = y + model.carry["loop"].gate * (c(b(y, *rest), *rest) - y)
     torch.testing.assert_close(model(x, at), plain.norm(d(y, *rest)))
     assert (model(x, at) - plain(x, at)).abs().max() > 0.1
     twin, before = copy.deepcopy(model), model(x, at)  # it has a loop of its own
-    carries.of(model).gate.zero_()
+    model.carry["loop"].gate.zero_()
     assert torch.equal(twin(x, at), before) and torch.equal(model(x, at), plain(x, at))
 
 
@@ -782,6 +786,7 @@ def test_rules_and_carries_compose(tiny):
 
 @pytest.mark.parametrize("recipe, absent", [
     ("loopholing", 0.3), ("soft-mask", 0.2), ("loop", 0.0), ("gemma-trajectory", 0.0),
+    ("loop-trajectory", 0.0),
 ])  # fmt: skip
 def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, recipe, absent):  # noqa: F811
     """With a moving average. The resumed run ends at the same bits; the carry has moved."""

@@ -240,8 +240,8 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 # Other papers' methods (zoo/rivals), on the runs that the tables above are made of.
-RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay", "loop",
-           "gemma-trajectory", "soft-mask-trajectory", "loopholing-trajectory")  # fmt: skip
+RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay", "loop", "gemma-trajectory",
+           "soft-mask-trajectory", "loopholing-trajectory", "loop-trajectory")  # fmt: skip
 RIVALS = {name: f"--stage=target --recipe={name} {FROM_BASE}" for name in RECIPES}
 POLICIES = {"policy-1": "--model={rcd} --power=1", "policy-1-seqd": "--model={seqd} --power=1"}
 

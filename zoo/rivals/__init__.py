@@ -21,10 +21,10 @@
 | `scmdm`, self-conditioned | ../../rcd.py | own p.E at the same noise level, half of the rows | SCMDM |
 | `trajectory`, as PUMBA trains | ../recipes.py | own steps, gradient through --window | Apple, 2026 |
 
-A trained carry is part of the model (carries.py): every Decoding of it uses it. Those that hand something on
-can also be trained as RCD is by default, on own trajectories: `--recipe=NAME-trajectory`. Where a paper is
-read with a liberty, its file says so. R2-dLLM's fine-tuning, in kind, is redundancy/. Not here: tokens that
-stay revisable (EvoToken, DMax).
+A trained carry is part of the model (carries.py): every Decoding of it uses it. It can also be trained as RCD
+is by default, on own trajectories: `--recipe=NAME-trajectory`; `loop-trajectory` is RCD with looped layers.
+Where a paper is read with a liberty, its file says so. R2-dLLM's fine-tuning, in kind, is redundancy/. Not
+here: tokens that stay revisable (EvoToken, DMax).
 """
 
 from zoo.rivals import carries
@@ -44,7 +44,7 @@ RULES = {"factor": factor} | dict.fromkeys(NOTES, looks_back)
 CARRIES = {"remix": remix, "learned": carries.learned}
 
 # Recipes of train.py: the weight that the sampler is told, and the share of rows that read no residual.
-RECIPES = {name: {"weight": "learned"} for name in carries.LEARNED}
-RECIPES |= {f"{name}-trajectory": {"weight": "learned"} for name in carries.LEARNED if name != "loop"}
+RECIPES = {name + way: {"weight": "learned"} for name in carries.OWN for way in ("", "-trajectory")}
 RECIPES |= {"scmdm": {"weight": "fixed", "fixed": 0.5}, "loop": {"weight": "fixed", "fixed": 0.0}}
+RECIPES |= {"loop-trajectory": {"weight": "fixed", "fixed": 0.5}}  # as RCD's own recipe has it
 ABSENT = {"soft-mask": 0.2, "loopholing": 0.3, "relay": 0.3, "gemma": 0.5, "scmdm": 0.5}

@@ -10,8 +10,10 @@ Training takes two passes (own_context): the first reads the same x_t plainly, t
 Or, to tell what a carry is worth from what its training is, it takes the own trajectories by which RCD's
 target learns by default (trajectory_step): --recipe=NAME-trajectory, in which nothing but the carry differs.
 Sampling takes one: the reader Carrying keeps what the last pass left and hands on what the model's carry
-makes of it, in place of the loop's residual. So a Decoding needs no option for it. One of them, `loop`, hands
-nothing on: it makes a pass deeper, and trains as SeqD does.
+makes of it, in place of the loop's residual. So a Decoding needs no option for it.
+
+`loop` has parameters, too, and hands nothing on: it makes a pass deeper. It trains as SeqD does, so without a
+residual, or as RCD does (loop-trajectory), and then its passes hand p.E on as RCD's do.
 """
 
 from collections.abc import Callable
@@ -28,18 +30,18 @@ from zoo.rivals.loopholing import Loopholing, Relay
 from zoo.rivals.rules import Notes
 from zoo.rivals.softmask import SoftMask
 
-LEARNED: dict[str, type[nn.Module]] = {
-    "soft-mask": SoftMask, "loopholing": Loopholing, "relay": Relay, "gemma": SelfConditioning, "loop": Loop,
+OWN: dict[str, type[nn.Module]] = {
+    "soft-mask": SoftMask, "loopholing": Loopholing, "relay": Relay, "gemma": SelfConditioning,
 }  # fmt: skip
+LEARNED = OWN | {"loop": Loop}  # all that is attached to a model
 
 
 def shaped(model: Transformer, name: str) -> Transformer:
     """The model with a carry of this name, not initialised. Raises ValueError for an unknown name."""
     check(name in LEARNED, f"a carry {name!r} is not known here: there are {', '.join(LEARNED)}")
-    carry = LEARNED[name](model.config)
-    if isinstance(carry, Loop):
-        carry.join(model)
-    model.carry = nn.ModuleDict({name: carry})
+    model.carry = nn.ModuleDict({name: LEARNED[name](model.config)})
+    if name == "loop":
+        model.carry[name].join(model)
     return model
 
 
@@ -54,13 +56,13 @@ def named_by(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def of(model: Transformer) -> nn.Module | None:
-    """The model's own carry, if it has one."""
-    (carry,) = model.carry.values() if hasattr(model, "carry") else (None,)
-    return carry
+    """The model's own carry, if it has one. A loop is none."""
+    (name,) = getattr(model, "carry", ("",))
+    return model.carry[name] if name in OWN else None
 
 
 def label(model: Transformer) -> str:
-    """What tables call a model that reads what was carried: RCD, or the name of its own carry."""
+    """What tables call a model that reads what was carried: RCD, or the name of what is attached to it."""
     return next(iter(model.carry)) if hasattr(model, "carry") else "RCD"
 
 
@@ -70,8 +72,8 @@ def attach(model: Transformer, name: str, seed: int) -> Transformer:
     At first a new carry changes nothing: what it adds is multiplied by zero, or nearly so.
     """
     if hasattr(model, "carry") and name not in model.carry:
-        if isinstance(of(model), Loop):
-            of(model).hook.remove()
+        if "loop" in model.carry:
+            model.carry["loop"].hook.remove()
         del model.carry
     if name in LEARNED and not hasattr(model, "carry"):
         shaped(model, name).carry.to(model.embedding.device, model.embedding.dtype)
@@ -117,7 +119,7 @@ def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: T
 
 def step_of(recipe: str) -> Callable:
     """What a recipe on trajectories does in a step: RCD's, or that of a carry with parameters."""
-    return trajectory_step if name_of(recipe) in LEARNED else rcd.trajectory_step
+    return trajectory_step if name_of(recipe) in OWN else rcd.trajectory_step
 
 
 class Carrying(Notes):
@@ -154,6 +156,6 @@ def context_of(recipe: str, residual: Residual) -> Context | None:
     out."""
     if recipe == "loop":
         return None
-    if recipe in LEARNED:
+    if recipe in OWN:
         return own_context
     return lambda model, n: residual_of(model, n.x, n, residual, model.embedding)

@@ -4,7 +4,8 @@
 
 f is layer n/4 to n/2 of n. So a pass is deeper and has no new matrix; nothing is handed on from step to step,
 and the loss is the plain one. The paper trains so from the first step, with no gate. Here the gate g (D,)
-starts at zero, so that a trained model can be given its loop: at first nothing changes. We know the paper's
+starts at zero, so that a trained model can be given its loop: at first nothing changes. A loop leaves a carry
+its place: with --recipe=loop-trajectory the same deeper passes hand p.E on, as RCD does. We know the paper's
 abstract only, so which layers, and how often, is a guess. The memory estimate and mfu of train.py count them
 once.
 """
@@ -19,17 +20,11 @@ from rcd import Config, KVCache, Transformer
 
 
 class Loop(nn.Module):
-    differentiable = False
-
     def __init__(self, config: Config):
         super().__init__()
         self.layers = slice(config.n_layer // 4, config.n_layer // 2 + 1)
         self.gate = nn.Parameter(torch.zeros(config.d_model))
         self.hook = None
-
-    def forward(self, hidden: Tensor, model: Transformer, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """alpha = 0 (N,), Delta = 0 (N, D): the next step reads a plain [MASK]."""
-        return hidden.new_zeros(len(hidden)), torch.zeros_like(hidden)
 
     def join(self, model: Transformer) -> None:
         """Make the model's own forward run the loop, until self.hook is removed."""
