@@ -285,13 +285,14 @@ def rivals_on(task: str) -> Experiment:
     on trajectories differ from RCD in nothing but what is carried.
 
     A window of two steps, as PUMBA trains, has half of the canvases then. No carry here costs more than two
-    of SeqD's steps: SeqD and the window with twice the tokens are the control for compute.
+    of SeqD's steps: SeqD, RCD and the window with twice the tokens are the control for compute.
     """
     e = EXPERIMENTS[task]
     kept, more = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.curves[0].more
     batch = re.search(r"--batch_size=(\d+)", e.options)
     batch = int(batch[1]) if batch else 128  # train.py's
     runs = e.runs | {"seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
+    runs["rcd-twice"] = f"{TRAJECTORY} --steps=1400"
     runs |= {name: f"{TRAJECTORY} --window=2 --batch_size={rows}"
              for name, rows in (("window-2", batch // 2), ("window-2-twice", batch))}  # fmt: skip
     relay = f"--stage=target --recipe=relay-trajectory {FROM_BASE}"
@@ -301,6 +302,7 @@ def rivals_on(task: str) -> Experiment:
     curves += [Curve("relay-trajectory, window of 2", "relay-trajectory", more=more),
                Curve("RCD, window of 2", "window-2", more=more),
                Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=more),
+               Curve("RCD, twice the tokens", "rcd-twice", more=more),
                Curve("RCD, window of 2, twice the tokens", "window-2-twice", more=more)]  # fmt: skip
     about = f"{task}: what is carried from step to step, by other papers"
     return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
