@@ -1,4 +1,7 @@
-"""train.py as several processes on one machine (gloo): the same weights, and runs that nothing destroys."""
+"""train.py as several processes on one machine (gloo): the same weights, and runs that nothing destroys.
+
+What takes seconds to import, and only a job needs, is imported there: its processes have it from their start.
+"""
 
 import dataclasses
 import errno
@@ -24,13 +27,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp as fsdp
 from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_conversion import write_folder
 from test_train import TINY, stopped, write_packed
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -229,6 +229,8 @@ def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypat
 
 def slow(*options: str) -> None:
     """A job: train.py, whose first state is not written before its third step. Process 0 keeps a copy."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
     inner, write, go = train.learning_rate, HuggingFaceStorageWriter.write_data, threading.Event()
 
     def rate(o, at, whole):
@@ -252,6 +254,8 @@ def slow(*options: str) -> None:
 
 def full(*options: str) -> None:
     """A job: train.py, but a process other than 0 finds its disk full when it writes its second state."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
     write, count = HuggingFaceStorageWriter.write_data, itertools.count(1)
 
     def write_data(*given):
@@ -287,6 +291,8 @@ def test_shards_are_written_while_training_goes_on(data_sets, tmp_path, monkeypa
 
 def on_the_host(steps: list[int], *options: str) -> None:
     """A job: stops(), and FSDP2 is told to keep every part of the model on the host, and nothing else."""
+    import torch.distributed.fsdp as fsdp
+
     inner, told = fsdp.fully_shard, []
 
     def shard(part, *, offload_policy, **named):
@@ -327,6 +333,8 @@ def too_large(options: list[str]) -> None:
 
 def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tmp_path, monkeypatch):
     """Target and reference are read shard by shard, the reference in the bfloat16 that it is stored in."""
+    from test_conversion import write_folder
+
     monkeypatch.chdir(tmp_path)
     for name, dtype in (("model", torch.float32), ("small", torch.bfloat16)):
         model = tiny_model(vocab_size=258, mask_id=257, tied=False, n_layer=1 + (name == "model")).to(dtype)
@@ -505,8 +513,8 @@ def test_a_scheduler_ends_all_processes_with_the_same_step_saved(data_sets, tmp_
 
 def test_torchrun_ends_in_one_line_if_a_process_is_killed(data_sets, tmp_path, one):
     """Two processes until then, and then one goes on."""
-    options = [f"--data={data_sets}/sudoku", *TINY, "--stage=base", "--batch_size=8", "--base_steps=160",
-               "--eval_every=20", "--eval_items=0", "--name=x"]  # fmt: skip
+    options = [f"--data={data_sets}/sudoku", *TINY, "--stage=base", "--batch_size=8", "--base_steps=60",
+               "--eval_every=5", "--eval_items=0", "--name=x"]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     line = [*torchrun, f"--master_port={free_port()}", ROOT / "train.py", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -522,4 +530,4 @@ def test_torchrun_ends_in_one_line_if_a_process_is_killed(data_sets, tmp_path, o
     go_on = "error: another process of this run has ended; go on with: torchrun --nproc_per_node=2 train.py "
     assert lines[0].startswith(go_on) and lines[0].endswith(" --resume")
     one(*options, "--resume")
-    assert [e["step"] for e in log_of(tmp_path / "out/x/base")] == list(range(1, 161))
+    assert [e["step"] for e in log_of(tmp_path / "out/x/base")] == list(range(1, 61))
