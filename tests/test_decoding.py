@@ -6,6 +6,7 @@ rows, with the cache where there is one. One liberty: no loop here may draw the 
 table.
 """
 
+import functools
 import math
 from dataclasses import replace
 
@@ -421,27 +422,34 @@ def test_rules_on_a_step_budget(tiny, rule, kind, steps, shares):
     follows_a_budget(tiny, kind, Decoding(rule, steps=steps, block_size=4, entropy_bound=0.3), shares)
 
 
+@functools.cache
+def without_an_approximate_cache(tiny, kind, choice):
+    """The models, the choice, and of each canvas the transcription and a run in which a block is all of it:
+    the same for both caches."""
+    s, r = (CHOICES | OPTIONS)[choice]
+    s = decoding(s, block_size=3)
+    model, reference = tiny(seed=25, **KINDS[kind]), tiny(seed=44, d_model=8, n_layer=1, **KINDS[kind])
+    exact = [algorithm_2(model, canvas, s, r, reference)[0] for canvas in CANVASES.values()]
+    s = replace(s, block_size=0)
+    whole = [drain(model, torch.tensor([x]), s, r, reference=reference) for x in CANVASES.values()]
+    return model, reference, s, r, exact, whole
+
+
 @pytest.mark.parametrize("choice", ["rcd", "threshold, seqd", "warm", "guidance, self"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("kind", ["full", "full shifted"])
 @torch.no_grad()
 def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice):
-    s, r = (CHOICES | OPTIONS)[choice]
-    s = decoding(s, cache=cache, block_size=3)
-    model, reference = tiny(seed=25, **KINDS[kind]), tiny(seed=44, d_model=8, n_layer=1, **KINDS[kind])
-    apart = 0.0
-    for canvas in CANVASES.values():
+    model, reference, s, r, all_exact, all_whole = without_an_approximate_cache(tiny, kind, choice)
+    apart, s = 0.0, replace(s, cache=cache, block_size=3)
+    for canvas, exact, whole in zip(CANVASES.values(), all_exact, all_whole, strict=True):
         expected, margin = algorithm_2(model, canvas, s, r, reference)
         assert margin > CLOSE  # or choose another seed
         same(drain(model, torch.tensor([canvas]), s, r, reference=reference), expected)
-        exact, _margin = algorithm_2(model, canvas, replace(s, cache="exact"), r, reference)
         for (_t, _c, a, *_a), (_t, _c, b, *_b) in zip(expected, exact):  # confidence by cell
             apart = max([apart, *(abs(a[i] - b[i]) for i in a.keys() & b.keys())])
-        whole = [
-            drain(model, torch.tensor([canvas]), replace(s, cache=kept, block_size=0), r, reference=reference)
-            for kept in (cache, "exact")
-        ]
-        for one, other in zip(*whole, strict=True):  # a block that is the whole canvas leaves nothing to keep
+        kept = drain(model, torch.tensor([canvas]), replace(s, block_size=0), r, reference=reference)
+        for one, other in zip(kept, whole, strict=True):  # a block that is the whole canvas: nothing to keep
             assert torch.equal(one.tokens, other.tokens) and torch.equal(one.nfe, other.nfe)
             torch.testing.assert_close(one.confidence, other.confidence)
             torch.testing.assert_close(one.alpha, other.alpha)
