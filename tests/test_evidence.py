@@ -15,6 +15,7 @@ import data
 import train
 from data.sums import prepare
 from zoo.decoding import Carry, Decoding
+from zoo.tools import budget
 from zoo.tools.command import arguments, pick_device
 from zoo.tools.command import run as run_script
 
@@ -133,6 +134,8 @@ def trial(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     monkeypatch.setattr(experiment, "HERE", tmp_path)
     monkeypatch.setattr(train, "OUT", tmp_path / "out")
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)  # this and the next take seconds a run
+    monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1 << 20)
     monkeypatch.chdir(tmp_path)
     small = ("--data=sums --batch_size=4 --n_layer=1 --n_head=1 --d_model=32 --base_steps=2 --steps=2 "
              "--device=cpu --dtype=float32")  # fmt: skip

@@ -58,6 +58,7 @@ STYLES = {  # the pre-tokenizers of well-known files
 }  # fmt: skip
 
 
+@functools.cache
 def nasty() -> list[str]:
     """Texts that break tokenizers.
 
@@ -87,7 +88,6 @@ def nasty() -> list[str]:
     return rows + script + emoji + controls + runs + marks + text
 
 
-NASTY = nasty()
 OLD_NFC = normalizers.NFC()
 
 
@@ -96,8 +96,12 @@ def differs(text: str) -> bool:
     return OLD_NFC.normalize_str(text) != unicodedata.normalize("NFC", text)
 
 
-COMBINING = [c for c in map(chr, range(0x110000)) if unicodedata.combining(c)]
-YOUNG = {c for c in COMBINING if differs(f"a{c}\u0301\u0316")} | {"\U00011935"}
+@functools.cache
+def young_marks() -> set[str]:
+    combining = [c for c in map(chr, range(0x110000)) if unicodedata.combining(c)]
+    return {c for c in combining if differs(f"a{c}\u0301\u0316")} | {"\U00011935"}
+
+
 WORDS = "the of and to a in is it you that he was for on are with as his they I at be this have one her said "
 WORDS += "would 12 345 é 漢字 don't\n"
 TEXT = [" ".join(random.Random(k).choices(WORDS.split(" "), k=60)) for k in range(200)]
@@ -113,7 +117,7 @@ def trained(style: str, size: int = 700, specials=("<eos>", "<mask>"), nfc: bool
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(specials), initial_alphabet=alphabet,
                                   show_progress=False)  # fmt: skip
-    original.train_from_iterator(TEXT + NASTY[::50], trainer)
+    original.train_from_iterator(TEXT + nasty()[::50], trainer)
     return original
 
 
@@ -134,7 +138,7 @@ def same(ours: BPETokenizer, original: Original, texts: list[str]) -> None:
     """
     if ours.nfc:
         young = [k for k, text in enumerate(texts) if differs(text)]
-        assert len(young) <= len(texts) // 50 and all({*texts[k]} & YOUNG for k in young)
+        assert len(young) <= len(texts) // 50 and all({*texts[k]} & young_marks() for k in young)
         texts = [unicodedata.normalize("NFC", text) if k in young else text for k, text in enumerate(texts)]
     for text, want in zip(texts, original.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = ours.encode(text, allow_special=True)
@@ -158,7 +162,7 @@ def test_qwen_files(qwen):
 
 
 def test_qwen_equals_the_original(qwen):
-    same(*qwen, NASTY)
+    same(*qwen, nasty())
     rows = (needed(SHARED / "gsm8k") / "test.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(row)[key] for row in rows for key in ("question", "answer")]
     assert len(lines) == 2 * 1319
@@ -194,7 +198,7 @@ def test_trained_vocabularies_in_both_spellings(style, tmp_path):
     assert pairs.fingerprint == strings.fingerprint and pairs.vocab_size == original.get_vocab_size()
     assert pairs.specials == {"<eos>": 0, "<mask>": 1}
     assert pairs.ids is not None  # the specials come first: a table takes ranks to ids
-    same(pairs, original, NASTY[::8] + NASTY[-60:] + TEXT + ["<mask>a<eos><eos", "x  <mask>  y"])
+    same(pairs, original, nasty()[::8] + nasty()[-60:] + TEXT + ["<mask>a<eos><eos", "x  <mask>  y"])
 
 
 @pytest.mark.parametrize("pattern", [
@@ -203,7 +207,7 @@ def test_trained_vocabularies_in_both_spellings(style, tmp_path):
 ])  # fmt: skip
 def test_patterns_before_the_last_split_as_the_original(pattern):
     ours, theirs = zoo._python_regex(pattern), split(pattern)
-    for text in NASTY:
+    for text in nasty():
         pieces = [piece for piece in ours.split(text) if piece]
         assert pieces == [piece for piece, _ in theirs.pre_tokenize_str(text)]
 
@@ -315,7 +319,7 @@ def test_vocab_and_merges_files_equal_tokenizer_json(style, kind, tmp_path):
     # A second name of the same id does not count.
     (two / "added_tokens.json").write_text(json.dumps({"<MASK>": 1}))
     assert load(one).fingerprint == load(two).fingerprint
-    same(load(two), original, NASTY[::20] + TEXT)
+    same(load(two), original, nasty()[::20] + TEXT)
     pattern, nfc = load(one).patterns[0], load(one).nfc
     del config["tokenizer_class"]
     (two / "tokenizer_config.json").write_text(json.dumps(config))
@@ -334,7 +338,7 @@ def test_tiktoken_file(tmp_path):
     (tmp_path / "x.tiktoken").write_bytes(b"".join(lines))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": len(tokens)}))
     ours = load(tmp_path, pattern=LLAMA3)
-    same(ours, original, NASTY[::20] + TEXT)
+    same(ours, original, nasty()[::20] + TEXT)
     assert ours.specials == {"<mask>": len(tokens)}
     with pytest.raises(ValueError, match="do not say how text is split"):
         load(tmp_path)
@@ -444,7 +448,7 @@ def test_truncated(qwen, tmp_path):
     want.add_tokens([AddedToken("<eos>", normalized=False), AddedToken("<mask>", normalized=False)])
     small = truncated(ours, size, ["<eos>", "<mask>"])
     assert small.specials == {"<eos>": size, "<mask>": size + 1} and small.vocab_size == size + 2
-    same(small, want, NASTY[::10] + TEXT + ["<mask><eos><think>"])
+    same(small, want, nasty()[::10] + TEXT + ["<mask><eos><think>"])
     small.save(tmp_path)
     again = load(tmp_path)
     assert again.fingerprint == small.fingerprint
