@@ -1,5 +1,6 @@
 """The experiments: their commands exist, cells are made once, figures are right."""
 
+import functools
 import importlib
 import json
 import os
@@ -133,6 +134,8 @@ def trial(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "HERE", tmp_path)
     monkeypatch.setattr(experiment, "ROOT", tmp_path)
     monkeypatch.setattr(experiment, "HERE", tmp_path)
+    # Intervals of 2,000 draws are for the tests above.
+    monkeypatch.setattr(experiment, "bootstrap", functools.partial(experiment.bootstrap, draws=50))
     monkeypatch.setattr(train, "OUT", tmp_path / "out")
     monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)  # this and the next take seconds a run
     monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1 << 20)

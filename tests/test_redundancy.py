@@ -15,7 +15,7 @@ from data.sudoku import prepare
 from rcd import denoise
 from zoo.decoding import Decoding
 from zoo.rivals.redundancy import __main__ as answering
-from zoo.tools import command
+from zoo.tools import budget, command, training
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,9 @@ def test_the_answers_of_fewest_passes_are_kept(sudoku, monkeypatch, capsys):
 
 def test_train_learns_from_them(sudoku, monkeypatch):
     make(monkeypatch, "--items=20", "--dtype=float32")
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)  # these three take long and decide no weight
+    monkeypatch.setattr(train, "validate", lambda *given: training.validate(*given[:5], 1 << 14, given[6]))
+    monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1 << 20)
     options = ["--data=out/redundancy", "--stage=reference", "--init_from=sudoku/reference", "--steps=2",
                "--weighting=complementary", "--batch_size=4", "--test_items=0", "--eval_items=0", "--name=x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *options])
