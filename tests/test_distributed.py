@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -66,6 +67,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def for_its_own_rows(dataset, split: str, length: int) -> Callable:
+    """training.batches, but a process that trains says which rows it reads."""
+    draw = training.batches(dataset, split, length)
+
+    def told(rows: int, generator: torch.Generator, mine: slice | np.ndarray = slice(None)) -> training.Batch:
+        everything = mine == slice(None) if isinstance(mine, slice) else len(mine) == rows
+        assert split != "train" or not everything
+        return draw(rows, generator, mine)
+
+    return told
+
+
 def child(number: int, n: int, ports: list[int], jobs: list) -> None:
     """A process as torchrun starts it. A job is a function, or options of train.py. One that hangs says
     where."""
@@ -77,6 +90,8 @@ def child(number: int, n: int, ports: list[int], jobs: list) -> None:
     train.matmul_rate = lambda *_: 1e12
     train.validate = lambda *given: training.validate(*given[:5], 1 << 14, given[6])
     budget.kept_by_layer = lambda *_: 1 << 20
+    if n > 1:
+        train.batches = for_its_own_rows
     for port, work in zip(ports, jobs):
         os.environ["MASTER_PORT"] = str(port)
         if isinstance(work, list):

@@ -1,5 +1,6 @@
 """zoo/rivals/redundancy: which answers are kept, what the data set holds, and that train.py reads it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def test_train_learns_from_them(sudoku, monkeypatch):
                "--weighting=complementary", "--batch_size=4", "--test_items=0", "--eval_items=0", "--name=x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *options])
     train.main()
-    assert Path("out/x/reference/model.safetensors").is_file()
+    before, after = (zoo.load(f"{name}/reference").model.embedding for name in ("sudoku", "x"))
+    assert not torch.equal(before, after)
+    assert json.loads(Path("out/x/reference/train.json").read_text())["options"]["data"] == "out/redundancy"
 
 
 @pytest.mark.parametrize("options,message", [

@@ -36,7 +36,8 @@ def sometimes_absent(context: Context, probability: float) -> Context:
     return thinned
 
 
-Fresh = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # n -> tokens, response, positions (n, T)
+# n, and which of these rows are read (default: all) -> tokens, response, positions (n, T).
+Fresh = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 
 class Trajectories:
