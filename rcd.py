@@ -33,7 +33,7 @@ CHUNK = 1 << 25  # elements: no float32 temporary of shape (n, V) is larger (128
 TILE = 1 << 19  # elements per thread: on a CPU a softmax of tiles this small stays in the cache
 
 def by_rows(f: Callable[..., tuple], rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """f(*tensors), each of N rows, on so many rows at a time, results joined: temporaries of f stay small."""
+    """f on at most `rows` of the N rows of the tensors at a time, results joined: temporaries stay small."""
     results = [f(*chunk) for chunk in zip(*(x.split(max(1, rows)) for x in tensors))]
     return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results)))
 
@@ -42,7 +42,7 @@ def tile(logits: Tensor) -> int:
     return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
 
 def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) of x (n, D or V), n rounded up to 64s: a CPU stores a kernel for every n it meets."""
+    """product(x) of x (n, D or V), with n padded to a multiple of 64: a CPU library keeps a kernel per n."""
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
     return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
 
@@ -51,7 +51,6 @@ def check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 # ---- 1. Config ---------------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """The shape of a model, with the options that SDAR, LLaDA, Dream and Fast-dLLM v2 weights need (zoo/)."""
@@ -75,11 +74,10 @@ class Config:
     qkv_bias: bool = False  # (Qwen2.5, Dream, Fast-dLLM v2)
     tied: bool = True  # the head shares the embedding table
     logit_shift: bool = False  # position i - 1 predicts token i (Dream, Fast-dLLM v2: once autoregressive)
-
     def __post_init__(self):
-        self.eos_ids = tuple(self.eos_ids)  # JSON has no tuples
+        self.eos_ids, H, G = tuple(self.eos_ids), self.n_head, self.n_kv_head  # JSON has no tuples
         check(0 <= self.mask_id < self.vocab_size, f"mask_id={self.mask_id} is no id below {self.vocab_size}")
-        check(self.n_head % self.n_kv_head == 0, f"n_head={self.n_head}: no multiple of {self.n_kv_head}")
+        check(G > 0 and H % G == 0, f"n_head={H} must be a multiple of n_kv_head={G}")
 
 # ---- 2. Transformer ----------------------------------------------------------------------------------------
 # Pre-norm, as in Llama. It reads embeddings, not ids: a soft input is no special case. Names are Qwen's.
@@ -246,7 +244,6 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, positions: Te
     return noisy
 
 # ---- 4. The residual ---------------------------------------------------------------------------------------
-
 def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """logits (n, V) -> z = logits / temperature, p = softmax(z), float32. z is finite: 0 * -inf is NaN."""
     z = (logits.float() if temperature == 1 else logits.float() / temperature).clamp(min=-1e30)
@@ -269,8 +266,11 @@ class Residual:
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed
     fixed: float = 0.3  # alpha of weight=fixed
     t_res: float = 1.0  # residual temperature, of alpha alone: Delta is untempered. Algorithm 1 has 1
+    weights = WEIGHTS  # no annotation: not a field
     def __post_init__(self):
-        check(self.weight in WEIGHTS, f"weight={self.weight!r}: choose from {', '.join(WEIGHTS)}")
+        check(self.weight in self.weights, f"weight={self.weight!r}: choose from {', '.join(self.weights)}")
+        check(0 < self.t_res < math.inf, f"t_res={self.t_res} must be above 0 and finite")
+        check(0 <= self.fixed <= 1, f"fixed={self.fixed} must lie in [0, 1]")
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Eq. 3 and 1: logits (N, V), E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. grad: let
         the gradient through Delta. Alpha passes no gradient: the entropy's is infinite at p = 0."""
@@ -292,7 +292,6 @@ def mix(x: Tensor, cells: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, m
     return x.index_put(cells, soft.to(x.dtype))
 
 # ---- 5. The loss: one function for pre-training, fine-tuning, the reference and the target -----------------
-
 class Noised(NamedTuple):
     """A batch under the forward process, as a context sees it."""
     tokens: Tensor  # (B, T) clean ids
@@ -333,7 +332,7 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
 
     tokens (B, T); response (B, T) bool, None = all; positions (B, T) of packed rows; t (B, 1) or (B, T), and
     draws, the noise and uniform of Noised: drawn if not given. context None: plain masked training (base,
-    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by all response tokens. ValueError."""
+    reference, SeqD). bound False: no 1/t, masks weigh alike. Divided by response tokens (0: ValueError)."""
     response = torch.ones_like(tokens, dtype=torch.bool) if response is None else response
     response = maskable(model.config, response, positions)
     check(bool(response.any()), "nothing to learn: no token of this batch belongs to a response")
@@ -375,7 +374,6 @@ def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: T
     return cells, *token_losses(model, hidden, tokens[cells], carry)
 
 # ---- 6. The sampler ----------------------------------------------------------------------------------------
-
 class Candidates(NamedTuple):
     """The N masked cells that a commit rule chooses from. All lies on the host but the logits."""
     row: Tensor  # (N,)
@@ -422,6 +420,8 @@ class Sampler:
         for name, among in (("rule", RULES), ("start", self.starts), ("carry", ("residual", "none"))):
             value = getattr(self, name)
             check(value in among, f"{name}={value!r}: choose from {', '.join(among)}")
+        for name in ("steps", "block_size", "temperature"):
+            check(0 <= (x := getattr(self, name)) < math.inf, f"{name}={x} must be finite and not negative")
     def reader(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, fill: Tensor) -> "Reader":
         """What reads the canvas. fill (B, T): the cells that were masks at first."""
         return Reader(model, tokens, lengths, b)
@@ -519,7 +519,7 @@ def plan(c: Config, canvas: Tensor, lengths: Tensor, s: Sampler) -> tuple[Tensor
     return turn, begin, torch.minimum(begin + b, lengths[:, None]), steps
 
 class Step(NamedTuple):
-    """The record of one denoising step: (B, T) but for nfe (B,), on the host but for alpha."""
+    """The record of one denoising step: (B, T), and nfe (B,), on the host but for alpha."""
     block: int  # which block of each row is being denoised
     tokens: Tensor  # the canvas after this step
     committed: Tensor  # bool: fixed by this step
@@ -537,6 +537,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
     what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
+    check(len(shape) == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
     lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
     for m in (model, reference) if s.carry == "residual" and s.start == "warm" else (model,):
         check(m is not None, "start=warm needs the reference model: give it, or choose start=cold")
@@ -547,7 +548,6 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     read = s.reader(model, tokens, lengths, s.block_size or c.block_size or shape[1], turn >= 0)
     start_readers = s.start_readers(read, reference, generator) if s.carry == "residual" else []
     nfe, ended = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)  # (B,)
-
     def on_canvas(cells: Tensor, values: Tensor) -> Tensor:
         return values.new_zeros(shape).index_put(tuple(cells.T.to(values.device)), values)  # (B, T)
     for j in range(steps.shape[1]):  # block by block, the rows side by side

@@ -102,6 +102,8 @@ class Options:
             raise ValueError("--prompts=FILE and --out=FILE belong together")
         if self.prompts and (self.prompt or self.eval or self.compare or self.html or self.svg):
             raise ValueError("--prompts excludes --prompt, --eval, --compare, --html and --svg")
+        if self.eval and (self.prompt or self.compare or self.html or self.svg):
+            raise ValueError("--eval excludes --prompt, --compare, --html and --svg")
         if self.prompts and Path(self.out).resolve() == Path(self.prompts).resolve():
             raise ValueError(f"--out={self.out} would overwrite the prompts")
         for path in (self.html, self.svg, self.plot, self.out):

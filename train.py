@@ -210,7 +210,6 @@ def train_stage(stage: str, r: models.Run) -> None:
     log = training.open_log(folder / "log.jsonl", state.step, tokens_per_step,
                             flops / length * (1 + (weighting == "complementary")), r.peak, meta["options"])
     sampler = Decoding(rule="threshold", carry="residual" if stage == "target" else "none")
-
     quiet = distributed.rank() > 0
     with Stop() as stop, progress(steps, stage, "steps", initial=state.step, quiet=quiet) as bar:
         while not stop.asked() and state.step < steps:
@@ -240,7 +239,8 @@ def train_stage(stage: str, r: models.Run) -> None:
                 with log.paused():
                     given = (model, draw_val, context, device, dtype, length, rows[0])
                     entry |= {"val_loss": round(parallel.read(functools.partial(validate, *given)), 5)}
-                    entry |= {} if sharded else accuracy(model, dataset, o.eval_items, sampler, dtype)
+                    if not sharded:
+                        entry |= accuracy(model, dataset, o.eval_items, sampler, r.residual, dtype)
             bar.set_postfix(log.write(entry))
             if due:  # after its entry: a run that is resumed drops entries newer than its state
                 with log.paused():

@@ -1,5 +1,6 @@
 """zoo/rivals/coupled_grpo: the estimate and the objective against literal loops, and a model that learns."""
 
+import json
 import math
 import sys
 
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 import zoo
 from data.sudoku import prepare
 from rcd import Residual
+from zoo import files
 from zoo.recipes import earlier_context
+from zoo.rivals import carries
 from zoo.rivals.coupled_grpo import __main__ as command
 from zoo.rivals.coupled_grpo import advantages, draws, grpo_loss, log_probability
 
@@ -146,6 +149,24 @@ def test_the_command_trains_a_run_that_loads(puzzles, start, more, tmp_path, mon
     assert "2 steps; mean reward" in capsys.readouterr().out
     with pytest.raises(ValueError, match="already there"):
         command.main()
+
+
+def test_a_model_with_its_own_carry_completes_with_it(puzzles, tmp_path, monkeypatch):
+    """So the sampler is a Decoding, whose reader puts that carry in the place of the residual."""
+    monkeypatch.chdir(tmp_path)
+    loaded, read, context = zoo.load("sudoku/target"), [], []
+    files.save(carries.attach(loaded.model.float(), "loopholing", 0), tmp_path / "own")
+    loaded.tokenizer.save(tmp_path / "own")
+    meta = {"stage": "target", "residual": {"weight": "learned"}}
+    (tmp_path / "own/train.json").write_text(json.dumps(meta))
+    inner, estimate = carries.Carrying.__call__, command.log_probability
+    monkeypatch.setattr(carries.Carrying, "__call__", lambda *a: read.append(1) or inner(*a))
+    monkeypatch.setattr(command, "log_probability", lambda *a: context.append(a[-1]) or estimate(*a))
+    argv = ["grpo", "--model=own", f"--data={puzzles}", "--steps=1", "--canvases=1", "--group=2", "--context",
+            "--passes=2", "--device=cpu", "--dtype=float32"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    command.main()
+    assert len(read) == 2 and {*context} == {carries.own_context}
 
 
 @pytest.mark.parametrize("option,message", [("--group=1", "at least 2"), ("--steps=0", "at least 1")])

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from conftest import tiny_model
 
 import rcd
 from zoo import files, recipes
+from zoo.decoding import Carry, Decoding
+from zoo.rivals import carries
 from zoo.templates import encode_chat
 from zoo.tokenizer import bytes_tokenizer
 from zoo.tools import command, harness
+from zoo.tools.evaluate import Setting
 
 BYTES = bytes_tokenizer(["<eos>", "<mask>"])
 KINDS = {"bidirectional": {}, "blocks": {"block_size": 4}, "shifted": {"logit_shift": True}}
@@ -70,6 +74,16 @@ def test_the_bound_of_a_target_reads_its_residual():
     nothing, own = (recipes.earlier_context(rcd.Residual(*w)) for w in (("fixed", 0.0), ()))
     assert bound(model, tokens, 2, 50, nothing) == plain
     assert bound(model, tokens, 2, 50, own) != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["loopholing", "none"])
+def test_a_likelihood_reads_the_models_own_carry(name, monkeypatch):
+    model, seen = carries.attach(tiny_model(), name, 0), []
+    monkeypatch.setattr(harness, "bound", lambda *given: seen.append(given[-2]) or 0.0)
+    o, setting = harness.Options(pretrained="x"), Setting("", model, None, Decoding(), Carry())
+    asked = SimpleNamespace(setting=setting, device="cpu", dtype=torch.float32, o=o)
+    harness.Harness.bound(asked, [1, 2], [3, 4])
+    assert (seen[0] is carries.own_context) == (name == "loopholing") and seen[0] is not None
 
 
 def test_without_the_package_it_is_one_line(monkeypatch, capsys):

@@ -234,7 +234,8 @@ def test_cache_keeps_by_row_and_position():
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(n_head=4, n_kv_head=3), "n_head=4: no multiple of 3"),
+    (dict(n_head=4, n_kv_head=3), "n_head=4 must be a multiple of n_kv_head=3"),
+    (dict(n_kv_head=0), "n_head=4 must be a multiple of n_kv_head=0"),
     (dict(mask_id=64), "mask_id=64 is no id below 64"),
     (dict(mask_id=-1), "mask_id=-1 is no id below 64"),
 ])  # fmt: skip

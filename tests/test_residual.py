@@ -300,7 +300,7 @@ def test_gradient_of_the_mix():
     (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
 ])  # fmt: skip
 def test_bad_choices(options, says):
-    for kind in (Residual, Carry) if "weight" in options else (Carry,):
+    for kind in (Carry,) if "residual_top_k" in options else (Residual, Carry):
         with pytest.raises(ValueError, match=says) as error:
             kind(**options)
         assert "\n" not in str(error.value)

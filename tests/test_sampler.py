@@ -794,6 +794,9 @@ def test_a_record_is_a_snapshot(tiny):
     (dict(rule="best"), "rule='best': choose from static, threshold"),
     (dict(carry="all"), "carry='all': choose from residual, none"),
     (dict(start="hot"), "start='hot': choose from cold, warm"),
+    (dict(temperature=-1.0), "temperature=-1.0 must be finite and not negative"),
+    (dict(block_size=-1), "block_size=-1 must be finite and not negative"),
+    (dict(steps=math.inf), "steps=inf must be finite and not negative"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [Sampler, Decoding])
 def test_bad_choices(kind, options, says):
@@ -815,6 +818,8 @@ def test_what_does_not_fit_the_model(tiny):
     refused("first token", tiny(logit_shift=True), [[1, 2], [_, 2]])
     for other in (tiny(vocab_size=13), tiny(mask_id=5)):  # they must share a tokenizer
         refused("reference", tiny(), [[_] * 9], Sampler(start="warm"), reference=other)
+    refused("a canvas is ids", tiny(), [_] * 9)
+    refused("a canvas is ids", tiny(), [[float(_)] * 9])
     refused("lengths", tiny(block_size=4), [[_] * 9], lengths=torch.tensor([10]))
     with pytest.raises(ValueError, match="0 prompts"):
         generate(tiny(), [], 3)

@@ -134,7 +134,9 @@ def meta_of(folder: Path) -> dict:
     return json.loads((folder / "train.json").read_text())
 
 
-def test_the_main_job(run_in_full, capsys):
+def test_the_main_job(run_in_full, capsys, monkeypatch):
+    validation, residuals = train.accuracy, []
+    monkeypatch.setattr(train, "accuracy", lambda *given: residuals.append(given[-2]) or validation(*given))
     run_in_full("--name=job", "--eval_every=3")
     out, job = capsys.readouterr().out, Path("out/job")
     for stage in train.STAGES:
@@ -148,6 +150,7 @@ def test_the_main_job(run_in_full, capsys):
         assert all("val_accuracy" in e for e in validated)
         assert not (folder / "state.safetensors").exists() and (folder / "tokenizer.json").exists()
         assert load(folder).config.mask_id == 6
+    assert {r.weight for r in residuals} == {"fixed"} == {meta_of(job / "target")["residual"]["weight"]}
     # The reference and the target start from the base, and are no longer it, nor each other.
     pairs = (("base", "reference"), ("base", "target"), ("reference", "target"))
     assert not any(same(job / a, job / b) for a, b in pairs)
@@ -833,6 +836,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--init_from=nothing-here"], "no model 'nothing-here'"),
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
+    (["--weight=learned", "--init_from=sudoku/reference", "--stage=target"], "weight=learned: recipe=traj"),
     (["--weighting=t"], "weighting='t': choose from 1/t, 1, complementary"),
     (["--weighting=complementary"], "masks canvases twice, a trajectory is one: choose another --recipe"),
     (["--t_per=token"], "t_per='token': choose from document, block"),

@@ -31,6 +31,15 @@ def frozen(trace: Trace) -> Trace:
     return now
 
 
+@pytest.mark.parametrize("rule", ["klass", "r2", "wino", "factor"])
+def test_a_rule_that_looks_back_does_so_when_it_is_watched(rule):
+    model, sampler = tiny_model(seed=3), Decoding(rule=rule, threshold=0.4)
+    canvas = torch.tensor([[1, 2] + [11] * 10])
+    plain, watched = (list(denoise(model, canvas, s)) for s in (sampler, Watched(**vars(sampler))))
+    assert len(plain) == len(watched) > 1
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(plain, watched))
+
+
 def record(model, canvas: torch.Tensor, sampler: Decoding, residual: Residual):
     """Traces of the rows of a canvas, the steps, and a copy of the traces after each of them."""
     loaded = files.Loaded(model, LETTERS, Path(), None, {}, {})

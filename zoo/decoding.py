@@ -6,6 +6,7 @@ Sampler.start_readers, the order of filling through Sampler.turns.
 """
 
 import math
+from collections import ChainMap
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ class Decoding(Sampler):
     kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats
     rescue: float = 0.8  # rule=r2: confidence of a window, of a run or of a stable cell that is enough
     revoke: float = 0.9  # rule=wino: a filled cell must keep this much p (with --threshold=0.6)
-    policy: str = ""  # rule=policy: the file of a policy that python -m zoo.tools.policy trained
+    policy: str = ""  # rule=policy: the file of a policy that python -m zoo.rivals.policy trained
     policy_speed: float = 1.0  # rule=policy: its chances to commit are multiplied by this
     js_reset: float = 0.0  # drop the residual of a cell whose p moved further, JS in nats (ReMix: 0.3);
     # 0 = never
@@ -91,8 +92,8 @@ class Decoding(Sampler):
     def __post_init__(self):
         super().__post_init__()
         check(self.cache in CACHES, f"cache={self.cache!r}: choose from {', '.join(CACHES)}")
-        for name in ("steps", "block_size", "sub_block", "top_k", "temperature", "guidance", "entropy_bound",
-                     "factor", "kl_bound", "rescue", "revoke", "js_reset", "policy_speed"):  # fmt: skip
+        for name in ("sub_block", "top_k", "guidance", "entropy_bound", "factor", "kl_bound", "rescue",
+                     "revoke", "js_reset", "policy_speed"):  # fmt: skip
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name}={value} must be finite and not negative")
         passes = self.self_passes
@@ -167,11 +168,10 @@ class Carry(Residual):
     temper_delta: bool = False  # T_res tempers Delta too (section 3.3 can be read so, Algorithm 2 not)
     residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
 
+    weights = ChainMap(rivals.CARRIES, WEIGHTS)  # no annotation: not a field
+
     def __post_init__(self):
-        known = (*WEIGHTS, *rivals.CARRIES)
-        check(self.weight in known, f"weight={self.weight!r}: choose from {', '.join(known)}")
-        check(0 < self.t_res < math.inf, f"t_res={self.t_res} must be above 0 and finite")
-        check(0 <= self.fixed <= 1, f"fixed={self.fixed} must lie in [0, 1]")
+        super().__post_init__()
         check(self.residual_top_k >= 0, f"residual_top_k={self.residual_top_k} must not be negative")
 
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -102,12 +102,8 @@ def config_from(values: dict) -> "Config":
         kind = {float: (int, float), tuple[int, ...]: (list, tuple)}.get(f.type, f.type)
         check(isinstance(values[f.name], kind), f"{f.name}={values[f.name]!r} is of the wrong kind")
     rows, real, mask, pad = (values[n] for n in ("vocab_size", "real_vocab", "mask_id", "pad_id"))
-    heads, kv_heads, width, rotary = (values[n] for n in ("n_head", "n_kv_head", "head_dim", "rotary_dim"))
+    width, rotary = values["head_dim"], values["rotary_dim"]
     for holds, says in (
-        (kv_heads > 0 and heads % kv_heads == 0,
-         f"n_head={heads} must be a multiple of n_kv_head={kv_heads}"),
-        (0 <= mask < rows,
-         f"mask_id={mask} must be a row of the embedding table: 0 <= mask_id < vocab_size={rows}"),
         (0 <= real <= rows, f"real_vocab={real} must not exceed vocab_size={rows}"),
         (not values["eos_ids"] or pad != mask,
          f"pad_id={pad} is the mask token: what follows an end would stay masked"),

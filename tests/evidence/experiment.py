@@ -69,7 +69,7 @@ class Experiment:
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
     prepare: str = ""  # its own data: options of data/sudoku/prepare.py, written to out/<folder>/data
-    policies: dict[str, str] = field(default_factory=dict)  # name -> options of zoo.tools.policy
+    policies: dict[str, str] = field(default_factory=dict)  # name -> options of zoo.rivals.policy
 
 
 FROM_BASE = "--init_from={base}"
@@ -430,8 +430,8 @@ class Cells:
 
     def train_policy(self, name: str) -> None:
         if not self.policy(name).is_file():
-            print(f"python -m zoo.tools.policy {' '.join(self.policy_command(name))}", flush=True)
-            if not succeeds([sys.executable, "-m", "zoo.tools.policy", *self.policy_command(name)]):
+            print(f"python -m zoo.rivals.policy {' '.join(self.policy_command(name))}", flush=True)
+            if not succeeds([sys.executable, "-m", "zoo.rivals.policy", *self.policy_command(name)]):
                 raise ValueError(f"{name} of seed {self.seed} did not finish: see above")
 
     def model(self, run: str) -> zoo.Loaded | None:
@@ -674,7 +674,7 @@ def main() -> None:
             commands.append("python " + " ".join(cells.command(name)))
         for name in e.policies:
             cells.train_policy(name)
-            commands.append("python -m zoo.tools.policy " + " ".join(cells.policy_command(name)))
+            commands.append("python -m zoo.rivals.policy " + " ".join(cells.policy_command(name)))
         made = []
         with progress(len(e.curves), f"{o.name}, seed {seed}", "curves") as bar:
             for c in e.curves:

@@ -7,7 +7,7 @@
 | `klass`, KLASS | rules.py | c > 0.9, and KL(p_t, p_(t-1)) < 0.01 twice in a row | arXiv 2511.05664 |
 | `r2`, `r2-spatial`, `r2-temporal` | r2.py | c >= 0.9; window, run, streak at 0.8 | arXiv 2604.18995 |
 | `wino`, WINO | wino.py | commit c > 0.6, revoke p < 0.9 by a shadow block | arXiv 2507.18578 |
-| `policy`, learned unmasking | policy.py | Bernoulli(s_i) of a small network, by GRPO | arXiv 2512.09106 |
+| `policy`, learned unmasking | policy/ | Bernoulli(s_i) of a small network, by GRPO | arXiv 2512.09106 |
 | `entropy-bounded`, EB-sampler | ../decoding.py | H_1 + ... + H_(k-1) <= bound | arXiv 2505.24857 |
 | *carries without training*: `--weight=NAME` | | | |
 | `remix`, `--js_reset`, ReMix | remix.py | half of a nucleus's E, none where JS > 0.3 | arXiv 2602.22868 |

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import rcd
 from rcd import (CHUNK, Context, Noised, Reader, Residual, Sampler, Transformer, by_rows, check,
                  denoiser_hidden, mask_tokens, mix, predict, residual_of, token_losses)  # fmt: skip
+from zoo.recipes import earlier_context
 from zoo.rivals.gemma import SelfConditioning
 from zoo.rivals.looped import Loop
 from zoo.rivals.loopholing import Loopholing, Relay
@@ -100,6 +101,11 @@ def own_context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
         hidden = denoiser_hidden(model, model.embed_tokens(x), n.tokens, n.positions)  # (B, T, D)
         hidden = model.predicting(hidden, n.cells)  # (N, D)
     return by_rows(lambda h: carry(h, model, None), CHUNK // model.config.vocab_size, hidden)
+
+
+def sampled_context(model: Transformer, residual: Residual) -> Context:
+    """Where a loss on what the model has sampled gets its residual: its own carry, else its earlier p."""
+    return own_context if of(model) else earlier_context(residual)
 
 
 def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,

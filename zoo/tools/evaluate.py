@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import zoo
-from rcd import Residual, Sampler, Transformer, denoise
+from rcd import Residual, Sampler, Transformer, check, denoise
 from zoo.decoding import Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
@@ -31,6 +31,10 @@ SWEPT = {
     "policy": ("policy_speed", (0.5, 1.0, 2.0, 4.0, 8.0)),
 }  # fmt: skip
 
+# An option that is typed without --rule implies the first of these rules. All others may have a step budget.
+IMPLIES = {"factor": "factor", "policy": "policy", "kl_bound": "klass", "rescue": "r2", "revoke": "wino",
+           "entropy_bound": "entropy-bounded", "threshold": "threshold", "steps": "static"}  # fmt: skip
+
 
 class Setting(NamedTuple):
     """One row of an evaluation."""
@@ -43,12 +47,18 @@ class Setting(NamedTuple):
 
 
 def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
-    """Defaults for what was not typed: what the model's makers recommend, and the rule that is implied."""
+    """Defaults for what was not typed: what the model's makers recommend, and the rule that is implied.
+
+    Raises ValueError for typed options that belong to different rules, or to another model.
+    """
     carry = "residual" if loaded.meta.get("stage") == "target" else "none"
     values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
-    rules = {"threshold": "threshold", "entropy_bound": "entropy-bounded", "steps": "static"}
-    implied = [rule for name, rule in rules.items() if name in typed]
-    return {**values, "steps": 0, "rule": implied[0]} if implied else values
+    named = [name for name in IMPLIES if name in typed]
+    first, *others = [name for name in named if name not in ("threshold", "steps")] or [""]
+    own = carries.of(loaded.model) is not None or typed.get("weight") != "learned"
+    check(own, f"weight=learned: {loaded.folder} has no carry of its own")
+    check("rule" in typed or not others, f"--{first} and --{', --'.join(others)} belong to different rules")
+    return {**values, "steps": 0, "rule": IMPLIES[named[0]]} if named else values
 
 
 def load_reference(loaded: zoo.Loaded, typed: str, device: torch.device,

@@ -29,7 +29,7 @@ import zoo
 from rcd import Context, Transformer, canvas_for, diffusion_loss, maskable
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
-from zoo.recipes import earlier_context
+from zoo.rivals.carries import sampled_context
 from zoo.templates import encode_chat, render
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, load_reference, recommended
@@ -247,11 +247,11 @@ class Harness(LM):
         """bound() of ids behind before, on draws that are the same for every request."""
         tokens = torch.tensor(before + ids, device=self.device)
         response = torch.arange(len(tokens), device=self.device) >= len(before)
-        carries = self.setting.sampler.carry == "residual"
-        context = earlier_context(self.setting.residual) if carries else None
+        carried, model = self.setting.sampler.carry == "residual", self.setting.model
+        context = sampled_context(model, self.setting.residual) if carried else None
         generator = torch.Generator(self.device).manual_seed(self.o.seed)
-        return bound(self.setting.model, tokens, response, self.o.draws, self.o.batch_size, self.dtype,
-                     context, generator)  # fmt: skip
+        return bound(model, tokens, response, self.o.draws, self.o.batch_size, self.dtype, context,
+                     generator)  # fmt: skip
 
 
 def main() -> None:

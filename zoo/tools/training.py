@@ -415,11 +415,11 @@ def has_answers(dataset, split: str) -> bool:
     return dataset.check is not None and not dataset.packed(split)
 
 
-def accuracy(model: Transformer, dataset, items: int, sampler: Sampler,
+def accuracy(model: Transformer, dataset, items: int, sampler: Sampler, residual: Residual,
              dtype: torch.dtype) -> dict[str, float]:  # fmt: skip
     """On the first so many validation canvases, as log entries; {} where there are no answers."""
     if not items or not has_answers(dataset, "val"):
         return {}
-    setting = Setting("", model, None, sampler, Residual())
+    setting = Setting("", model, None, sampler, residual)
     (row,) = evaluate([setting], dataset, "val", items, items, dtype)
     return {"val_accuracy": row["accuracy"], "val_nfe": row["nfe"]}

@@ -31,8 +31,11 @@ class TopReader:
     """A reader that keeps the five likeliest tokens of each cell that it read last."""
 
     def __init__(self, read: Reader, top: Top):
-        self.read, self.top, self.passes = read, top, read.passes
-        self.model, self.tokens, self.lengths, self.b = read.model, read.tokens, read.lengths, read.b
+        self.read, self.top = read, top
+
+    def __getattr__(self, name: str):
+        """Anything else of the reader: a rule that looks back finds its notes there."""
+        return getattr(self.read, name)
 
     def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, *residual: Tensor | None) -> Tensor:
         """As Reader: logits (N, V)."""

@@ -14,7 +14,7 @@ and masked cells. Rollouts serve one update, so the paper's clipped ratio is 1 a
 The network sees c_i, whether i is masked, and passes / T, and nothing of the tokens: one transformer block
 with adaptive norms, 297 thousand parameters. Ours is the start: the logit of a soft threshold at 0.9 is
 added, so training begins from a rule that works, where the paper has 15 thousand problems to find one.
-`python -m zoo.tools.policy` trains one, `--rule=policy --policy=FILE` uses it, with any carry.
+`python -m zoo.rivals.policy` trains one, `--rule=policy --policy=FILE` uses it, with any carry.
 """
 
 from pathlib import Path
@@ -125,7 +125,7 @@ def grpo_loss(net: Policy, acts: list[Act], rewards: Tensor, group: int) -> Tens
 
 def load(path: str | Path) -> Policy:
     """The policy in a file. Raises ValueError that says what is wrong."""
-    check(bool(path), "rule=policy needs a policy: --policy=FILE (python -m zoo.tools.policy trains one)")
+    check(bool(path), "rule=policy needs a policy: --policy=FILE (python -m zoo.rivals.policy trains one)")
     check(Path(path).is_file(), f"there is no policy {path}")
     net = Policy()
     try:
