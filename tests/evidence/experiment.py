@@ -125,9 +125,9 @@ EXPERIMENTS = {
         "the same puzzles, what else helps SeqD: 10 % more steps (one on trajectories costs 5 % more), or "
         "all masks weighing alike in its loss, without 1/t",
         "--data=sudoku",
-        {"base": "--stage=base", "seqd-compute": PLAIN["seqd"] + " --steps=770",
-         "seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": TRAJECTORY},
-        [Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
+        PLAIN | {"seqd-compute": PLAIN["seqd"] + " --steps=770", "seqd-alike": PLAIN["seqd"] + " --weighting=1",
+                 "rcd": TRAJECTORY},
+        [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
          Curve("SeqD, masks alike", "seqd-alike", {"carry": "none"}, more=MORE), HARD[1]],
         (1, 2, 4, 6, 9, 13, 27), folder="sudoku",
     ),
