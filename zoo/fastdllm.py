@@ -11,8 +11,8 @@ answer is finished after an end token (the text is the same). Above temperature 
 is drawn like the others (theirs stays argmax). A prompt of exactly 32 tokens is read (theirs is not).
 
 Training: v2 draws t per block (train.py --t_per=block), sees every batch twice with complementary masks, and
-weighs all masks alike. The last two are complementary_loss below, a loss for your own loop: it has no 1/t, so
-it is no bound on -log p, and the stages of train.py keep the bound.
+weighs all masks alike. The last two are complementary_loss below (train.py --weighting=complementary). It has
+no 1/t, so it is no bound on -log p.
 """
 
 import torch

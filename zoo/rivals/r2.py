@@ -11,7 +11,7 @@ earlier one has just committed:
     3  temporal    a cell with the same likeliest token for 3 passes in a row, and confidence >= rescue now
 
 `r2` has all four, `r2-spatial` the first three, `r2-temporal` the first and the last. The paper's fine-tuning
-on redundancy-ranked answers is not built: its ranking (Eq. 5) is not public.
+on redundancy-ranked answers is redundancy/, with a ranking of ours: the paper's (Eq. 5) is not public.
 """
 
 import torch
