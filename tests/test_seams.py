@@ -21,10 +21,14 @@ CANVAS = torch.tensor([[3, 1, 4] + [MASK] * 9])
 
 
 @pytest.fixture(autouse=True)
-def tables(monkeypatch):
+def tables():
     """What an example adds to a table is gone after its test."""
-    for name in ("WEIGHTS", "RULES"):
-        monkeypatch.setattr(rcd, name, dict(getattr(rcd, name)))
+    tables = rcd.WEIGHTS, rcd.RULES
+    kept = [dict(table) for table in tables]
+    yield
+    for table, before in zip(tables, kept):
+        table.clear()
+        table.update(before)
 
 
 @torch.no_grad()
