@@ -46,7 +46,7 @@ def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
     return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
 
-def check(holds: bool, message: str) -> None:
+def check(holds: bool, message: str) -> None:  # raises ValueError(message) if it does not hold
     if not holds:
         raise ValueError(message)
 
@@ -132,7 +132,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-class SwiGLU(nn.Module):
+class SwiGLU(nn.Module):  # (..., D) -> (..., D)
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(d_model, d_ff, bias=False) for _ in range(2))
@@ -140,7 +140,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-class Layer(nn.Module):
+class Layer(nn.Module):  # attention, then SwiGLU, each added to x (B, T, D)
     def __init__(self, c: Config, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.d_model, c.norm_eps)

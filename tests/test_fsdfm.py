@@ -529,6 +529,7 @@ def test_the_table_of_a_judge(text, tmp_path, monkeypatch, tiny, capsys):
     (["sample", "--steps=8,x"], "should be numbers"), (["sample", "--count=0"], "at least 1"),
     (["sample", "--temperature=0"], "must be above 0"),
     (["x"], "not x"), ([], "train or sample"), (["sample", "--model=none"], "no model 'none'"),
+    (["sample"], "no model 'fsdfm/few': python -m"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(argv, message, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
