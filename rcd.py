@@ -5,9 +5,9 @@ distribution p_i for each masked position i, commits the few it is sure of, and 
 away. RCD (arXiv 2601.22954) keeps them: each becomes a soft embedding, mixed into the [MASK] embedding that
 the next step reads.
 
-    Delta_i = sum_j p_ij E_j                            (Eq. 1)  residual; E (V, D) is the input embedding
-    e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  input at masked positions; elsewhere E[x_i]
-    alpha_i = H(p_i) / log V                            (Eq. 3)  normalised entropy: less sure, more residual
+    Delta_i = sum_j p_ij E_j                            (Eq. 1)  Residual; E (V, D) is the input embedding
+    e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  mix, at masked positions; elsewhere E[x_i]
+    alpha_i = H(p_i) / log V                            (Eq. 3)  WEIGHTS; normalised entropy of p
 
 Training (Algorithm 1, diffusion_loss). Stage 1: a reference is fine-tuned with the plain masked loss and
 frozen. Stage 2: the target, from the same base, learns on e built from the reference's p (reference_context).
@@ -562,7 +562,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             logits = read(*block, cells, alpha, delta)  # (N, V): Eq. 2, then a forward pass
             token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
             masks = cells[:, 0].bincount(minlength=len(nfe))  # (B,) still masked
-            quota = -(-masks // steps_left.clamp(min=1))  # rounded up
+            quota = -(-masks // steps_left.clamp(min=1))  # (B,) the least to commit: masks / steps left
             commit = RULES[s.rule](Candidates(*cells.T, confidence, quota, logits, generator, read), s)
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)
