@@ -7,7 +7,7 @@ the next step reads.
 
     Delta_i = sum_j p_ij E_j                            (Eq. 1)  Residual; E (V, D) is the input embedding
     e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  mix, at masked positions; elsewhere E[x_i]
-    alpha_i = H(p_i) / log V                            (Eq. 3)  WEIGHTS; normalised entropy of p
+    alpha_i = H(p_i) / log V                            (Eq. 3)  WEIGHTS; the less sure, the more residual
 
 Training (Algorithm 1, diffusion_loss). Stage 1: a reference is fine-tuned with the plain masked loss and
 frozen. Stage 2: the target, from the same base, learns on e built from the reference's p (reference_context).
