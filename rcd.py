@@ -531,7 +531,7 @@ class Step(NamedTuple):
 def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), residual: Residual = Residual(),
             *, lengths: Tensor | None = None, reference: Transformer | None = None,
             generator: Generator | None = None) -> Iterator[Step]:
-    """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each commit.
+    """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each commit (no mask: none).
 
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
     change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;

@@ -159,7 +159,7 @@ def train_stage(stage: str, r: models.Run) -> None:
         context = distributed.gathered(context, reference) if sharded else context
     elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
         context = earlier_context(r.residual)
-    elif recipe.endswith("trajectory"):  # from the denoising step before, as in sampling
+    elif rivals.carries.on_trajectories(recipe):  # from the denoising step before, as in sampling
         given = dataset.packed("train"), o.window, weighting == "1/t", rivals.carries.step_of(recipe)
         trajectories = [SharedTrajectories(model.config, n, length, device, *given)
                         for _ in range(o.buffer) for n in rows]  # fmt: skip

@@ -51,6 +51,11 @@ def name_of(recipe: str) -> str:
     return recipe.removesuffix("-trajectory")
 
 
+def on_trajectories(recipe: str) -> bool:
+    """Whether a recipe learns on the model's own denoising steps: trajectory and NAME-trajectory."""
+    return recipe.endswith("trajectory")
+
+
 def named_by(tensors: dict[str, Tensor]) -> list[str]:
     """The carries whose tensors these are: carry.NAME.*"""
     return sorted({name.split(".")[1] for name in tensors if name.startswith("carry.")})

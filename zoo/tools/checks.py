@@ -113,7 +113,7 @@ def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
 
 def check_options(o, block_size: int) -> None:
     """Raises ValueError for options that contradict each other. block_size: that of --block_size."""
-    trajectory = o.recipe.endswith("trajectory")
+    trajectory = carries.on_trajectories(o.recipe)
     for wrong, says in (
         (o.reference and o.recipe != "paper",
          f"--reference is read by --recipe=paper; recipe={o.recipe} needs none"),

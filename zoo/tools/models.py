@@ -70,7 +70,7 @@ def reference_of(recipe: str, r: Run) -> str | Path:
 def needs(stage: str, recipe: str, r: Run, reference: str | Path, processes: int) -> Callable[..., dict]:
     """The memory() of a stage in each of so many processes, as a function of rows, remat, shards, the rank of
     LoRA and offload. reference: its name; "" = none."""
-    o, own, tokens = r.o, recipe.endswith("trajectory"), r.dataset.tokenizer
+    o, own, tokens = r.o, carries.on_trajectories(recipe), r.dataset.tokenizer
     with torch.device("meta"):
         start = o.init_from or r.root / "base"
         ready = o.init_from or (r.root / "base" / "config.json").is_file()
@@ -256,7 +256,7 @@ def final_table(r: Run) -> None:
     seqd, reference = (zoo.load(name, device).model if name else None for name in names)
     seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
     warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
-    start = "self" if o.recipe.endswith("trajectory") else "cold"  # the second start that it has learned
+    start = "self" if carries.on_trajectories(o.recipe) else "cold"  # the second start that it has learned
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     length = dataset.meta["length"]
     settings = sweep(seqd, target, warm, Decoding(start=start), r.residual, tokens,
