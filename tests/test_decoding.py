@@ -112,7 +112,7 @@ def test_probabilities_with_padding_and_cache(tmp_path, family, changes):
     lengths = [-(-(len(row) + 12) // b) * b for row in rows]
     before = [row + [MASK] * (n - len(row)) for row, n in zip(rows, lengths)]
     canvas = torch.tensor([row + [7] * (max(lengths) - len(row)) for row in before])
-    s = replace(Decoding(**loaded.defaults), rule="static", steps=0)
+    s = replace(Decoding(**loaded.defaults), rule="static", steps=10)
     for step in rcd.denoise(loaded.model, canvas, s, lengths=torch.tensor(lengths)):
         for i, n in enumerate(lengths):
             cells = step.confidence[i].nonzero()[:, 0]
@@ -156,7 +156,7 @@ def sdar(forward, prompt, gen, B, steps, dynamic, threshold, stops, draw=argmax)
 ])  # fmt: skip
 def test_sdar_and_llada2(tmp_path, family, rule, B):
     forward, loaded = checkpoint(tmp_path, family, 8, block_size=B)
-    rows, stops = prompts(3, 8, 13, 22), [256]
+    rows, stops = prompts(3, 8, 13), [256]
     s = replace(Decoding(**loaded.defaults), rule=rule, threshold=0.5)
     for _ in range(2):
         expected = [sdar(forward, row, 18, B, B, rule == "threshold", 0.5, stops) for row in rows]
@@ -214,7 +214,7 @@ def llada(forward, prompt, gen, block, steps, draw=argmax, cfg=0.0):
 
 
 @pytest.mark.parametrize("family, block, steps, cfg", [
-    ("llada", 8, 24, 0.0), ("llada", 8, 15, 0.0), ("llada", 24, 7, 0.0), ("llada", 8, 24, 0.7),
+    ("llada", 8, 24, 0.0), ("llada", 8, 15, 0.0), ("llada", 24, 7, 0.0), ("llada", 8, 15, 0.7),
     ("a2d-qwen3", 8, 24, 0.0),
 ])  # fmt: skip
 def test_llada(tmp_path, family, block, steps, cfg):
@@ -293,23 +293,24 @@ def dream(forward, prompt, gen, steps, alg, eps=1e-3):
 DREAM = {"entropy": "lowest-entropy", "topk_margin": "margin", "maskgit_plus": "static"}
 
 
-@pytest.mark.parametrize("alg", DREAM)
-def test_dream(tmp_path, alg):
+def test_dream(tmp_path):
     """As many steps as tokens. Theirs: none in the first, two in the last, one in every other. Ours: one in
     each."""
     forward, loaded = checkpoint(tmp_path, "Dream", 4)
     loaded.model.config.eos_ids = ()
-    rows = prompts(3, 8, 13)
-    s = replace(Decoding(**loaded.defaults), rule=DREAM[alg], block_size=0)
-    for row, mine in zip(rows, ours(loaded, rows, [len(row) + 24 for row in rows], s)):
-        theirs = dream(forward, row, 24, 24, alg)
-        assert [len(commit) for _, commit in theirs] == [0] + [1] * 22 + [2]
-        assert mine[:-2] == theirs[1:-1]
-        [first], [second] = mine[-2][1], mine[-1][1]  # the last two cells
-        assert sorted([first, second]) == theirs[-1][1] and mine[-2][0][first] == theirs[-1][0][first]
-    says_something([theirs])
-    orders = [[commit for _, commit in dream(forward, rows[0], 24, 24, measure)] for measure in DREAM]
-    assert len({str(order) for order in orders}) == 3  # three measures, three orders
+    rows, orders = prompts(3, 8, 13), {alg: [] for alg in DREAM}
+    for alg, rule in DREAM.items():
+        s = replace(Decoding(**loaded.defaults), rule=rule, block_size=0)
+        for row, mine in zip(rows, ours(loaded, rows, [len(row) + 16 for row in rows], s)):
+            theirs = dream(forward, row, 16, 16, alg)
+            assert [len(commit) for _, commit in theirs] == [0] + [1] * 14 + [2]
+            assert mine[:-2] == theirs[1:-1]
+            [first], [second] = mine[-2][1], mine[-1][1]  # the last two cells
+            assert sorted([first, second]) == theirs[-1][1] and mine[-2][0][first] == theirs[-1][0][first]
+            orders[alg].append([commit for _, commit in theirs])
+        says_something([theirs])
+    a, b, c = orders.values()
+    assert a != b and b != c and c != a  # three measures, three orders
 
 
 # ---- Fast-dLLM v2: sub-blocks inside a block, the first token of a block from the row before
@@ -410,8 +411,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, option", [
+    (kind, option) for option, (s, _r) in OPTIONS.items() for kind in KINDS
+    if s.guidance or s.self_passes > 1 or kind in ("full shifted", "blocks")  # the others change no forward
+])  # fmt: skip
 def test_algorithm_2_with_options(tiny, kind, option):
     follows_algorithm_2(tiny, kind, *OPTIONS[option])
 
@@ -458,8 +461,8 @@ def test_algorithm_2_on_approximate_caches(tiny, kind, cache, choice):
 
 @pytest.mark.parametrize("kind, cache, s, r", [
     *((kind, "exact", *GUIDED_SELF) for kind in KINDS),
-    *((kind, cache, *choice) for kind in ("full", "full shifted") for cache in ("prefix", "dual")
-      for choice in (CHOICES["rcd"], GUIDED_SELF)),
+    *((kind, cache, *GUIDED_SELF) for kind in ("full", "full shifted") for cache in ("prefix", "dual")),
+    ("full", "dual", *CHOICES["rcd"]), ("full shifted", "prefix", *CHOICES["rcd"]),
 ])  # fmt: skip
 def test_rows_are_independent_with_options(tiny, kind, cache, s, r):
     block_sizes = (0,) if "blocks" in kind else (0, 4) if cache == "exact" else (4, 15)
@@ -497,9 +500,9 @@ def test_fixed_shapes_change_nothing_but_shapes(tiny, kind, cache, s, r):
     s = decoding(s, cache=cache, block_size=4)
     model, reference = tiny(seed=26, **KINDS[kind]), tiny(seed=44, d_model=8, n_layer=1, **KINDS[kind])
     shapes = set()
-    rows = [1] * 5 + [_] * 15, [1, 2] + [_] * 18, [1] * 20, [1] * 8 + [_] + [2] * 8 + [_] * 3
+    rows = [1] * 5 + [_] * 11, [1, 2] + [_] * 14, [1] * 16, [1] * 8 + [_] + [2] * 4 + [_] * 3
     canvas = torch.tensor(rows)
-    lengths = torch.tensor([20, 12, 20, 20])
+    lengths = torch.tensor([16, 10, 16, 16])
     plain = drain(model, canvas, s, r, lengths=lengths, reference=reference)
 
     def note(_model, inputs):
@@ -598,13 +601,18 @@ def test_the_sum_of_entropies_may_reach_its_bound():
 
 
 def test_the_random_rule_takes_every_cell_equally_often():
-    cells = [(0, 3), (0, 4), (0, 5), (0, 9), (1, 0), (1, 1)]
+    pair = [(0, 3), (0, 4), (0, 5), (0, 9), (1, 0), (1, 1)]
+    cells = [(row + 2 * k, column) for k in range(60) for row, column in pair]
+    confidence = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1, 0.9] * 60)
     g, taken = torch.Generator().manual_seed(0), torch.zeros(6)
-    for _i in range(3000):
-        confidence = torch.tensor([0.9, 0.1, 0.1, 0.1, 0.1, 0.9])
-        accept = torch.tensor(choose(Decoding(rule="random"), cells, confidence, [3, 1], generator=g))
-        assert accept[:4].sum() == 3 and accept[4:].sum() == 1
-        taken += accept
+    for _i in range(50):
+        accept = torch.tensor(choose(Decoding(rule="random"), cells, confidence, [3, 1] * 60, generator=g))
+        accept = accept.view(60, 6)
+        assert (accept[:, :4].sum(1) == 3).all() and (accept[:, 4:].sum(1) == 1).all()
+        taken += accept.sum(0)
+    draws = [choose(Decoding(rule="random"), cells, confidence, [3, 1] * 60,
+                    generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]  # fmt: skip
+    assert draws[0] == draws[1] != draws[2]
     assert ((taken / 3000 - torch.tensor([0.75] * 4 + [0.5] * 2)).abs() < 0.035).all()
 
 
