@@ -67,7 +67,7 @@ def nasty() -> list[str]:
     """
     assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
     rows = ["".join(assigned[k : k + 80]) for k in range(0, len(assigned), 80)]
-    script = [f"a{c} {c}1{c}\n{c}  {c}'{c}" for c in assigned[::47]]
+    script = [f"a{c} {c}1{c}\n{c}  {c}'{c}" for c in assigned[::97]]
     emoji = ["👩‍👩‍👧‍👦👍🏽🇩🇪🇫🇷1️⃣🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️‍🔥x☃️y", "🤷🏿‍♀️" * 50]
     controls = [
         "".join(map(chr, range(32))), "\x00", "\x1c \x1d\x1e\x1f", "a\x1cb\x1da \x1ea\x1f",
@@ -203,7 +203,7 @@ def test_trained_vocabularies_in_both_spellings(style, tmp_path):
 
 @pytest.mark.parametrize("pattern", [
     r"\s", r"\S", r"\s?\p{L}+", r"[\s\p{Nd}]", r"\P{L}{2}", r"[^\p{P}\s]+(?!\p{S})", r"\p{N}{1,3}",
-    r"\p{Lu}\p{Ll}*", r"[ !]+$",
+    r"\p{Lu}\p{L}*", r"[ !]+$",
 ])  # fmt: skip
 def test_patterns_before_the_last_split_as_the_original(pattern):
     ours, theirs = zoo._python_regex(pattern), split(pattern)
