@@ -22,7 +22,7 @@ from zoo.tools import budget, command, training
 @pytest.fixture(scope="module")
 def puzzles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "puzzles"
-    prepare.main([f"--out={folder}", "--train=64", "--val=16", "--test=16"])
+    prepare.main([f"--out={folder}", "--given=20", "--train=32", "--val=8", "--test=8"])
     return folder
 
 
@@ -40,30 +40,30 @@ def make(monkeypatch, *options: str) -> None:
 
 def test_the_answers_of_fewest_passes_are_kept(sudoku, monkeypatch, capsys):
     """Each canvas is answered by itself here, not in a batch."""
-    make(monkeypatch, "--items=24", "--keep=0.25", "--batch=10", "--dtype=float32")
+    make(monkeypatch, "--items=16", "--keep=0.25", "--batch=10", "--dtype=float32")
     model, own = zoo.load("sudoku/reference").model, data.load("out/redundancy")
     tokens, response = sudoku.tokens("train").astype("int64"), sudoku.response("train").copy()
     tokens, response = torch.from_numpy(tokens), torch.from_numpy(response)
     answered, scores = [], []
-    for x, fill in zip(tokens[:24], response[:24]):
+    for x, fill in zip(tokens[:16], response[:16]):
         canvas = x.masked_fill(fill, model.config.mask_id)[None]
         *_, last = denoise(model, canvas, Decoding(rule="r2", threshold=0.9, rescue=0.8, carry="none"))
         answered.append(last.tokens[0].tolist())
         scores.append(last.nfe.item() / int(fill.sum()))
     kept = own.tokens("train").tolist()
     rows = [answered.index(row) for row in kept]
-    assert len(kept) == 6 and rows == sorted(rows)
-    assert rows == sorted(sorted(range(24), key=lambda i: scores[i])[:6])
+    assert len(kept) == 4 and rows == sorted(rows)
+    assert rows == sorted(sorted(range(16), key=lambda i: scores[i])[:4])
     assert np.array_equal(own.response("train"), response.numpy()[rows])
     for split in ("val", "test"):
         assert np.array_equal(own.tokens(split), sudoku.tokens(split))
-    assert own.meta["splits"] == {"train": 6, "val": 16, "test": 16}
-    mean = sum(scores) / 24
-    assert f"6 of 24 answers -> out/redundancy ({mean:.3f} passes per token" in capsys.readouterr().out
+    assert own.meta["splits"] == {"train": 4, "val": 8, "test": 8}
+    mean = sum(scores) / 16
+    assert f"4 of 16 answers -> out/redundancy ({mean:.3f} passes per token" in capsys.readouterr().out
 
 
 def test_train_learns_from_them(sudoku, monkeypatch):
-    make(monkeypatch, "--items=20", "--dtype=float32")
+    make(monkeypatch, "--items=12", "--dtype=float32")
     monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)  # these three take long and decide no weight
     monkeypatch.setattr(train, "validate", lambda *given: training.validate(*given[:5], 1 << 14, given[6]))
     monkeypatch.setattr(budget, "kept_by_layer", lambda *_: 1 << 20)
