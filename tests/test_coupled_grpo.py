@@ -104,7 +104,7 @@ def test_what_is_clipped_gives_no_gradient():
 
 def test_a_model_learns_what_is_rewarded(tiny):
     """The reward of a completion: how many of its tokens are 3. Their probability rises within 25 steps."""
-    model, g = tiny(gain=0.5), seeded(1)
+    model, g = tiny(gain=0.5, n_layer=1), seeded(1)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     response = torch.ones(24, 6, dtype=torch.bool)
     masks, positions = torch.full((24, 6), MASK), torch.arange(6)[None]
@@ -131,19 +131,19 @@ def test_a_model_learns_what_is_rewarded(tiny):
 @pytest.fixture(scope="module")
 def puzzles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sudoku"
-    prepare.main([f"--out={folder}", "--train=16", "--val=4", "--test=4"])
+    prepare.main([f"--out={folder}", "--given=20", "--train=16", "--val=4", "--test=4"])
     return folder
 
 
 @pytest.mark.parametrize("start,more", [("target", ["--context"]), ("reference", [])])
 def test_the_command_trains_a_run_that_loads(puzzles, start, more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = ["grpo", f"--model=sudoku/{start}", f"--data={puzzles}", "--steps=2", "--canvases=3", "--group=3",
-            "--passes=3", "--lr=1e-3", "--sync=1", "--device=cpu", "--dtype=float32", *more]  # fmt: skip
+    argv = ["grpo", f"--model=sudoku/{start}", f"--data={puzzles}", "--steps=2", "--canvases=2", "--group=2",
+            "--passes=2", "--lr=1e-3", "--sync=1", "--device=cpu", "--dtype=float32", *more]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     command.main()
     loaded, origin = zoo.load(f"grpo/{start}"), zoo.load(f"sudoku/{start}")
-    assert loaded.model.config == origin.model.config and loaded.meta["grpo"]["group"] == 3
+    assert loaded.model.config == origin.model.config and loaded.meta["grpo"]["group"] == 2
     weights = (load_file(x.folder / "model.safetensors") for x in (loaded, origin))
     assert any(not torch.equal(a, b) for a, b in zip(*(dict(sorted(w.items())).values() for w in weights)))
     assert "2 steps; mean reward" in capsys.readouterr().out
