@@ -356,7 +356,7 @@ def frequencies(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("c", [UNIFORM, MASKS], ids=["uniform", "mask"])
 def test_the_true_posterior_writes_the_truth_in_many_steps_and_independent_tokens_in_one(c):
-    truth, canvas = Truth(c), torch.full((40_000, 2), MASK)
+    truth, canvas = Truth(c), torch.full((20_000, 2), MASK)
     *_, x = fsdfm.sample(truth, c, canvas, 16, seeded())
     assert truth.calls == [(s / 16, 1 / 16) for s in range(16)]
     wrong = (frequencies(x) / len(x) - JOINT).abs().sum().item()
