@@ -6,6 +6,7 @@ The loops below know nothing of batches, caches or notes: they forward one canva
 import copy
 import itertools
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,8 +195,7 @@ LITERAL = {  # rule: seed of a model whose canvases need all of it, options, the
 }
 
 
-@pytest.mark.parametrize("carries", [False, True])
-@pytest.mark.parametrize("block_size,b", [(0, 0), (0, 5), (4, 0)])
+@pytest.mark.parametrize("block_size,b,carries", [(0, 0, False), (0, 5, True), (4, 0, True)])
 @pytest.mark.parametrize("rule", LITERAL)
 def test_a_rule_commits_what_its_paper_says(tiny, rule, block_size, b, carries):
     seed, options, literal = LITERAL[rule]
@@ -527,7 +527,8 @@ def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
             hidden, p = pass_by_hand(model, tokens, soft, stop)
             close = dict(rtol=1e-3, atol=2e-4)  # rounding is carried on, too
             torch.testing.assert_close(step.confidence[row, cells], p[cells].amax(-1), **close)
-            differs = max(differs, (p - pass_by_hand(model, tokens, {}, stop)[1]).abs().max().item())
+            if not row:
+                differs = max(differs, (p - pass_by_hand(model, tokens, {}, stop)[1]).abs().max().item())
             tokens = step.tokens[row, :length].tolist()
             left = [i for i in cells if tokens[i] == MASK]
             soft = {i: carried(model, name, hidden[i], p[i]) for i in left}
@@ -798,8 +799,8 @@ def test_train_py_trains_saves_and_resumes_a_learned_carry(run, monkeypatch, rec
     new = carries.attach(zoo.load("whole/base").model, carries.name_of(recipe), 1337).carry.state_dict()
     moved = {n: p for n, p in weights(target.folder).items() if n.startswith("carry.")}
     assert len(moved) == len(new) and any(not torch.equal(p, moved[f"carry.{n}"]) for n, p in new.items())
-    run("--name=cut", "--stage=base", *options[:2])
-    run("--name=cut", "--stage=reference", *options[:2])
+    for stage in ("base", "reference"):
+        shutil.copytree(f"out/whole/{stage}", f"out/cut/{stage}")
 
     def stop_at_4(*given):  # after step 3 is saved at 2
         if given[1] >= 4:
