@@ -53,7 +53,7 @@ SHORT = ["--base_steps=2", "--steps=4", "--eval_every=4", "--batch_size=8", "--e
 def data_sets(tmp_path_factory):
     """Sudoku, and packed rows of which the last in every three has no answer."""
     folder = tmp_path_factory.mktemp("data")
-    prepare.main([f"--out={folder}/sudoku", "--train=64", "--val=16", "--test=16"])
+    prepare.main([f"--out={folder}/sudoku", "--given=20", "--train=64", "--val=16", "--test=16"])
     sizes = (("train", 60), ("val", 12), ("test", 6))
     documents = {split: [([97 + i % 26] * (8 + i % 5), [i % 3 < 2 and j > 3 for j in range(8 + i % 5)])
                          for i in range(n)] for split, n in sizes}  # fmt: skip

@@ -40,7 +40,7 @@ TINY = ["--base_steps=4", "--steps=6", "--batch_size=6", "--n_layer=1", "--n_hea
 @pytest.fixture(scope="module")
 def puzzles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sudoku"
-    prepare.main([f"--out={folder}", "--train=64", "--val=16", "--test=16"])
+    prepare.main([f"--out={folder}", "--given=20", "--train=64", "--val=16", "--test=16"])
     return folder
 
 

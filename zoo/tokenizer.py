@@ -465,14 +465,24 @@ def _patterns(pre_tokenizer: dict | None) -> list[str]:
 
 
 @functools.cache
+def _runs() -> list[tuple[str, int, int]]:
+    """All code points as runs of one general category: its name, the first and the last."""
+    runs = itertools.groupby(range(0x110000), lambda code: unicodedata.category(chr(code)))
+    return [(name, (codes := [*run])[0], codes[-1]) for name, run in runs]
+
+
 def _category(name: str) -> str:
     """The characters of a Unicode general category (`L`, `Nd`, ...) as the ranges of a character class."""
-    codes = [c for c in range(0x110000) if unicodedata.category(chr(c)).startswith(name)]
-    if not codes:
+    spans = []
+    for category, first, last in _runs():
+        if not category.startswith(name):
+            continue
+        if spans and spans[-1][1] == first - 1:  # L is Lu, Ll, ... side by side
+            first = spans.pop()[0]
+        spans.append((first, last))
+    if not spans:
         raise ValueError(f"unknown Unicode category {name!r}")
-    cuts = [k for k in range(1, len(codes)) if codes[k] != codes[k - 1] + 1]
-    spans = itertools.pairwise([0, *cuts, len(codes)])
-    return "".join(f"{re.escape(chr(codes[a]))}-{re.escape(chr(codes[b - 1]))}" for a, b in spans)
+    return "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in spans)
 
 
 def _python_regex(pattern: str) -> re.Pattern:
