@@ -513,6 +513,9 @@ def test_fixed_shapes_change_nothing_but_shapes(tiny, kind, cache, s, r):
         m.register_forward_pre_hook(note)
     fixed = drain(model, canvas, replace(s, fixed_shapes=True), r, lengths=lengths, reference=reference)
     assert len(shapes) <= 5 and {shape[0] for shape in shapes} == {4}
+    shapes.clear()
+    drain(model, canvas[:2], replace(s, fixed_shapes=True), r, lengths=lengths[:2], reference=reference)
+    assert {shape[-1] for shape in shapes if len(shape) > 2} <= {16}  # all keys, also of blocks to come
     for one, other in zip(plain, fixed, strict=True):
         for name in ("tokens", "committed", "nfe"):
             assert torch.equal(getattr(one, name), getattr(other, name))
