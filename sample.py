@@ -19,8 +19,9 @@ so that what a line gets does not depend on the others.
 puzzle per line (the canvas with "_" for the cells to fill, white space, its solution). It takes step budgets
 and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule.
 
-A default in [brackets] gives way to what the model recommends. --steps implies --rule=static, --threshold
-implies --rule=threshold, --entropy_bound implies --rule=entropy-bounded.
+A default in [brackets] gives way to what the model recommends. Without --rule, an option implies its rule:
+--steps static, --threshold threshold, --entropy_bound entropy-bounded, --factor factor, --kl_bound klass,
+--rescue r2, --revoke wino, --policy policy.
 
 Examples:
   python sample.py --steps 8                            new Sudoku puzzles for the model that is shipped

@@ -252,6 +252,10 @@ def test_examples_are_drawn_with_the_seed(cli, runs):
     (["--steps=3"], dict(rule="static", steps=3)),
     (["--steps=3", "--threshold=0.4"], dict(rule="threshold", threshold=0.4, steps=3)),
     (["--entropy_bound=0.2"], dict(rule="entropy-bounded", entropy_bound=0.2, steps=0)),
+    (["--factor=0.5"], dict(rule="factor", factor=0.5, steps=0)),
+    (["--kl_bound=0.1"], dict(rule="klass", kl_bound=0.1, steps=0)),
+    (["--rescue=0.7"], dict(rule="r2", rescue=0.7, steps=0)),
+    (["--revoke=0.8", "--threshold=0.6"], dict(rule="wino", revoke=0.8, threshold=0.6, steps=0)),
     (["--rule=margin"], dict(rule="margin", steps=7)),
     (["--steps=3", "--rule=random", "--carry=none"], dict(rule="random", steps=3, carry="none")),
 ])  # fmt: skip
@@ -607,6 +611,7 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--stepz=8"], "--stepz"),
     (["--rule=best"], "rule='best'"),
     (["--factor=0.5", "--revoke=0.8"], "--factor and --revoke belong to different rules"),
+    (["--factor=1", "--threshold=0.5"], "--factor and --threshold belong to different rules"),
     (["--weight=learned"], "grid/target has no carry of its own"),
     (["--eval=sudoku", "--html=run.html"], "--eval excludes --prompt, --compare, --html and --svg"),
     (["--device=abacus"], "device='abacus'"),

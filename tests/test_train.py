@@ -836,7 +836,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--init_from=nothing-here"], "no model 'nothing-here'"),
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
-    (["--weight=learned", "--init_from=sudoku/reference", "--stage=target"], "weight=learned: recipe=traj"),
+    (["--weight=learned"], "weight=learned: recipe=trajectory trains no carry"),
     (["--weighting=t"], "weighting='t': choose from 1/t, 1, complementary"),
     (["--weighting=complementary"], "masks canvases twice, a trajectory is one: choose another --recipe"),
     (["--t_per=token"], "t_per='token': choose from document, block"),

@@ -108,8 +108,8 @@ def own_context(model: Transformer, n: Noised) -> tuple[Tensor, Tensor]:
     return by_rows(lambda h: carry(h, model, None), CHUNK // model.config.vocab_size, hidden)
 
 
-def sampled_context(model: Transformer, residual: Residual) -> Context:
-    """Where a loss on what the model has sampled gets its residual: its own carry, else its earlier p."""
+def residual_context(model: Transformer, residual: Residual) -> Context:
+    """Where a loss outside train.py gets its residual: the model's own carry, else its p at more masks."""
     return own_context if of(model) else earlier_context(residual)
 
 

@@ -79,10 +79,13 @@ def implied(typed: dict, dataset) -> dict:
     """Defaults that the typed options and the data.Dataset imply.
 
     A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
+    Raises ValueError for weight=learned and a recipe that trains no such carry.
     """
     response = dataset.response("train")
     short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
+    if typed.get("weight") == "learned" and carries.name_of(recipe) not in carries.OWN:
+        raise ValueError(f"weight=learned: recipe={recipe} trains no carry with parameters of its own")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
 

@@ -31,7 +31,7 @@ SWEPT = {
     "policy": ("policy_speed", (0.5, 1.0, 2.0, 4.0, 8.0)),
 }  # fmt: skip
 
-# An option that is typed without --rule implies the first of these rules. All others may have a step budget.
+# Without --rule, an option that is typed implies its rule; of several, the one that stands first here.
 IMPLIES = {"factor": "factor", "policy": "policy", "kl_bound": "klass", "rescue": "r2", "revoke": "wino",
            "entropy_bound": "entropy-bounded", "threshold": "threshold", "steps": "static"}  # fmt: skip
 
@@ -54,7 +54,10 @@ def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     carry = "residual" if loaded.meta.get("stage") == "target" else "none"
     values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
     named = [name for name in IMPLIES if name in typed]
-    first, *others = [name for name in named if name not in ("threshold", "steps")] or [""]
+    beside = {"steps", "threshold"}
+    if {"factor", "policy", "entropy_bound"} & {*named}:  # their rules read no threshold
+        beside = {"steps"}
+    first, *others = [name for name in named if name not in beside] or [""]
     own = carries.of(loaded.model) is not None or typed.get("weight") != "learned"
     check(own, f"weight=learned: {loaded.folder} has no carry of its own")
     check("rule" in typed or not others, f"--{first} and --{', --'.join(others)} belong to different rules")

@@ -29,7 +29,7 @@ import zoo
 from rcd import Context, Transformer, canvas_for, diffusion_loss, maskable
 from zoo.decoding import Carry, Decoding
 from zoo.progress import progress
-from zoo.rivals.carries import sampled_context
+from zoo.rivals.carries import residual_context
 from zoo.templates import encode_chat, render
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, load_reference, recommended
@@ -248,7 +248,7 @@ class Harness(LM):
         tokens = torch.tensor(before + ids, device=self.device)
         response = torch.arange(len(tokens), device=self.device) >= len(before)
         carried, model = self.setting.sampler.carry == "residual", self.setting.model
-        context = sampled_context(model, self.setting.residual) if carried else None
+        context = residual_context(model, self.setting.residual) if carried else None
         generator = torch.Generator(self.device).manual_seed(self.o.seed)
         return bound(model, tokens, response, self.o.draws, self.o.batch_size, self.dtype, context,
                      generator)  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from rcd import Config, Residual, Transformer, check
+from rcd import Config, Residual, Transformer
 from zoo import lora, tokenizer
 from zoo.checkpoint import DTYPES, entries, match, plan_for, read
 from zoo.decoding import Decoding
@@ -138,8 +138,6 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     if carry in carries.LEARNED and origin:
         here = "a carry with parameters is saved in this project's own layout only"
         raise ValueError(f"recipe={o.recipe} cannot convert {o.init_from}: {here}")
-    ready = stage != "target" or carry in carries.OWN or r.residual.weight != "learned"
-    check(ready, f"weight=learned: recipe={o.recipe} trains no carry with parameters of its own")
     return carries.attach(model, carry, o.seed), origin
 
 

@@ -24,7 +24,7 @@ import zoo
 from rcd import check, denoise
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.progress import progress
-from zoo.rivals.carries import sampled_context
+from zoo.rivals.carries import residual_context
 from zoo.rivals.coupled_grpo import advantages, draws, grpo_loss, log_probability
 from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
@@ -76,7 +76,7 @@ def main() -> None:
 
     carry = loaded.defaults.get("carry", "residual" if stage == "target" else "none")
     residual = Carry(**carry_options(loaded.meta.get("residual", {})))
-    context = sampled_context(model, residual) if o.context and carry == "residual" else None
+    context = residual_context(model, residual) if o.context and carry == "residual" else None
     sampler = Decoding(steps=o.passes, carry=carry, temperature=1.0)
     batch, reference = training.batches(dataset, "train", dataset.meta["length"]), copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, (0.9, 0.99), weight_decay=o.weight_decay)

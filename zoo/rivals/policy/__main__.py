@@ -1,4 +1,4 @@
-"""Train an unmasking policy (__init__.py) for a model that is there, by GRPO, in minutes on a CPU.
+"""Train an unmasking policy (zoo/rivals/policy) for a model that is there, by GRPO, in minutes on a CPU.
 
 Puzzles are canvases of a data set whose answers can be checked. Every step takes some puzzles, fills each
 several times with the policy, rewards what is right in few passes, and moves the policy. The model is not
@@ -32,7 +32,6 @@ from zoo.rivals.policy import Act, Policy, grpo_loss, reward
 from zoo.tools import checks
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate, table
-from zoo.tools.training import has_answers
 
 
 @dataclass
@@ -79,7 +78,8 @@ def main() -> None:
     (o,) = arguments(__doc__, Options)
     device, dtype, reason = pick_device(o.device, o.dtype)
     dataset = data.load(o.data)
-    check(has_answers(dataset, "train"), f"data set {dataset.name} has no answers that can be checked")
+    check(dataset.check is not None, f"data set {dataset.name} has no answers that can be checked")
+    check(not dataset.packed("train"), f"data set {dataset.name} is packed: prepare it without --pack")
     checks.check_tokens(dataset, o.model, "")
     loaded, out = zoo.load(o.model, device), Path(o.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,11 @@ def main() -> None:
             rows = zip(filled.tolist(), solutions.tolist(), fill.tolist())
             right = torch.tensor([dataset.correct(*row) for row in rows])  # (B,)
             rewards = reward(right, passes, fill.sum(1), o.power)
-            optimizer.zero_grad(set_to_none=True)
-            grpo_loss(net, acts, rewards, o.group).backward()
-            optimizer.step()
+            loss = grpo_loss(net, acts, rewards, o.group)
+            if loss.requires_grad:  # else no group has a better and a worse rollout
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
             means = {"reward": rewards, "right": right.float(), "passes": passes.float()}
             bar.update()
             bar.set_postfix({name: f"{x.mean():.3f}" for name, x in means.items()})
