@@ -27,7 +27,7 @@ class Wino(Notes):
         """Raises ValueError for a model or a sampler that WINO is not made for."""
         super().__init__(read, s)
         plain = type(read) is Reader and read.cache is None and not self.model.config.logit_shift
-        needs = "a bidirectional model without logit shift, cache, fixed_shapes, guidance, js_reset, own carry"
+        needs = "a bidirectional model: no logit shift, cache, fixed_shapes, guidance, js_reset or own carry"
         check(plain, f"rule=wino needs {needs}")
         check(s.temperature == 0, f"rule=wino drafts the likeliest token: temperature=0, not {s.temperature}")
         check(s.start != "self", "rule=wino drafts at every pass, and start=self has passes before the first")
