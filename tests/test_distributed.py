@@ -488,22 +488,21 @@ def test_a_gradient_that_is_infinite_changes_no_weight(one, monkeypatch):
         one()
 
 
-def test_a_full_disk_is_one_line_and_the_last_state_stays(one, monkeypatch, capsys):
-    """Files may not grow beyond 64 KB, a limit that the kernel keeps: less than a state."""
+def without_room(options: list[str]) -> None:
+    """A job: train.py, where no file may grow beyond 64 KB, by a limit of the kernel: less than a state."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    sys.stdout = sys.stderr = open("told", "w", buffering=1)
+    sys.argv = ["train.py", *options]
+    train.main()
+
+
+def test_a_full_disk_is_one_line_and_the_last_state_stays(one, monkeypatch):
     stopped(one, monkeypatch, signal.SIGINT, 2)
     folder = Path("out/x/base")
     before = {path.name: path.read_bytes() for path in checks.states(folder)}
-
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-        with open("told", "w") as sys.stderr:
-            command.run(lambda: one("--resume"))
-
-    process = multiprocessing.get_context("fork").Process(target=full)
-    process.start()
-    process.join(60)
+    assert run(1, functools.partial(without_room, [*sys.argv[1:], "--resume"])) == [2]
     *_, last = Path("told").read_text().splitlines()
-    assert process.exitcode == 2 and re.match(r"error: cannot write to out/x: .*File too large", last)
+    assert re.match(r"error: cannot write to out/x: .*File too large", last)
     assert last.endswith("--resume") and not [*folder.glob("*.safetensors.*")]
     assert before == {path.name: path.read_bytes() for path in checks.states(folder)}
 
