@@ -467,8 +467,11 @@ def _patterns(pre_tokenizer: dict | None) -> list[str]:
 @functools.cache
 def _runs() -> list[tuple[str, int, int]]:
     """All code points as runs of one general category: its name, the first and the last."""
-    runs = itertools.groupby(range(0x110000), lambda code: unicodedata.category(chr(code)))
-    return [(name, (codes := [*run])[0], codes[-1]) for name, run in runs]
+    runs = []
+    for name, run in itertools.groupby(range(0x110000), lambda code: unicodedata.category(chr(code))):
+        codes = list(run)
+        runs.append((name, codes[0], codes[-1]))
+    return runs
 
 
 def _category(name: str) -> str:

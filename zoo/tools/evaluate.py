@@ -31,9 +31,13 @@ SWEPT = {
     "policy": ("policy_speed", (0.5, 1.0, 2.0, 4.0, 8.0)),
 }  # fmt: skip
 
-# Without --rule, an option that is typed implies its rule; of several, the one that stands first here.
-IMPLIES = {"factor": "factor", "policy": "policy", "kl_bound": "klass", "rescue": "r2", "revoke": "wino",
-           "entropy_bound": "entropy-bounded", "threshold": "threshold", "steps": "static"}  # fmt: skip
+# The options that a rule reads beside --steps. Without --rule, those that are typed imply the first rule here
+# that reads them all.
+READS = {
+    "static": (), "threshold": ("threshold",), "entropy-bounded": ("entropy_bound",), "factor": ("factor",),
+    "klass": ("kl_bound", "threshold"), "r2": ("rescue", "threshold"), "wino": ("revoke", "threshold"),
+    "policy": ("policy", "policy_speed"),
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -53,15 +57,14 @@ def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     """
     carry = "residual" if loaded.meta.get("stage") == "target" else "none"
     values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
-    named = [name for name in IMPLIES if name in typed]
-    beside = {"steps", "threshold"}
-    if {"factor", "policy", "entropy_bound"} & {*named}:  # their rules read no threshold
-        beside = {"steps"}
-    first, *others = [name for name in named if name not in beside] or [""]
+    asked = [name for name in typed if any(name in reads for reads in READS.values())]
+    fits = [rule for rule, reads in READS.items() if {*asked} <= {*reads}]
     own = carries.of(loaded.model) is not None or typed.get("weight") != "learned"
     check(own, f"weight=learned: {loaded.folder} has no carry of its own")
-    check("rule" in typed or not others, f"--{first} and --{', --'.join(others)} belong to different rules")
-    return {**values, "steps": 0, "rule": IMPLIES[named[0]]} if named else values
+    if not asked and "steps" not in typed:
+        return values
+    check("rule" in typed or bool(fits), f"--{' and --'.join(asked)} belong to different rules")
+    return {**values, "steps": 0, "rule": (fits or [""])[0]}  # a rule that was typed wins
 
 
 def load_reference(loaded: zoo.Loaded, typed: str, device: torch.device,

@@ -201,9 +201,8 @@ def write(argv: list[str]) -> None:
     check(o.count > 0, f"count={o.count} must be at least 1")
     check(o.temperature > 0, f"temperature={o.temperature} must be above 0")
     device, dtype, _ = pick_device(o.device, o.dtype)
-    here = [path for path in (Path(o.model), Path("out") / o.model) if (path / "config.json").is_file()]
-    check(bool(here), f"no model {o.model!r}: python -m zoo.rivals.fsdfm train makes fsdfm/dfm and fsdfm/few")
-    folder = here[0]
+    folder, makes = zoo.names().get(o.model, Path(o.model)), "train makes fsdfm/dfm and fsdfm/few"
+    check((folder / "config.json").is_file(), f"no model {o.model!r}: python -m zoo.rivals.fsdfm {makes}")
     model, tokens, meta = load(folder, device), tokenizer.load(folder), read_json(folder / "train.json")
     length, ids = meta["length"], tokens.encode(o.prompt)
     check(len(ids) < length, f"a prompt of {len(ids)} tokens leaves no room in a canvas of {length}")

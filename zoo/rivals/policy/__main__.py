@@ -29,7 +29,7 @@ from zoo.files import write_atomic
 from zoo.progress import progress
 from zoo.rivals import carries
 from zoo.rivals.policy import Act, Policy, grpo_loss, reward
-from zoo.tools import checks
+from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate, table
 
@@ -90,14 +90,13 @@ def main() -> None:
     torch.manual_seed(o.seed)  # the first weights of the policy
     model, net = loaded.model.requires_grad_(False), Policy()
     optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, weight_decay=0.0)
-    puzzles = dataset.tokens("train").astype("int64"), dataset.response("train").copy()
-    puzzles = [torch.from_numpy(x) for x in puzzles]  # (N, L) each
+    batch = training.batches(dataset, "train", dataset.meta["length"])
     choose, act = Generator().manual_seed(o.seed), Generator(device).manual_seed(o.seed)
     print(f"{reason}\n{loaded.folder}: a policy of {sum(p.numel() for p in net.parameters()):,} parameters")
     with progress(o.steps, "policy", "steps") as bar:
         for _ in range(o.steps):
-            at = torch.randint(len(puzzles[0]), (o.puzzles,), generator=choose)
-            solutions, fill = (x[at].repeat_interleave(o.group, dim=0) for x in puzzles)  # (B, L)
+            solutions, fill, _ = batch(o.puzzles, choose)  # (P, L)
+            solutions, fill = (x.repeat_interleave(o.group, dim=0) for x in (solutions, fill))  # (B, L)
             with autocast(device, dtype):
                 acts, filled, passes = rollout(model, net, solutions, fill, s, residual, act)
             rows = zip(filled.tolist(), solutions.tolist(), fill.tolist())
