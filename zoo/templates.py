@@ -196,7 +196,7 @@ def encode_answers(
     if missing:
         lacks = f"the special token {missing[0]}, which this tokenizer does not have"
         raise ValueError(f"the chat template {template} needs {lacks}")
-    special = any_of(tokenizer.specials)
+    special = any_of(frozenset(tokenizer.specials))
     ids, marks = [], []
     for answer, group in itertools.groupby(written, key=lambda segment: segment.answer):
         tokens, text = [], ""  # text: read, but not encoded yet

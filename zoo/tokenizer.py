@@ -108,8 +108,8 @@ class Tokenizer:
             return self._encode(text)
         if not self.specials.keys() >= names:
             raise ValueError(f"this tokenizer has no special token {min(names - self.specials.keys())!r}")
-        ids = []
-        for k, piece in enumerate(any_of(names).split(text)):  # text, special, text, special, ..., text
+        ids, pieces = [], any_of(frozenset(names)).split(text)  # text, special, text, special, ..., text
+        for k, piece in enumerate(pieces):
             ids += [self.specials[piece]] if k % 2 else self._encode(piece)
         return ids
 
@@ -254,7 +254,8 @@ class BPETokenizer(Tokenizer):
         }
 
 
-def any_of(names: Iterable[str]) -> re.Pattern:
+@functools.lru_cache(64)
+def any_of(names: frozenset[str]) -> re.Pattern:
     """A pattern whose `split` gives text, name, text, name, ..., text. The longest name wins."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
 
