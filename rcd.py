@@ -94,12 +94,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 class KVCache:
-    """Keys and values by position. Exact: a finished block sees no later one, so its keys are final.
-    The open block is written at every step, and once more, free of masks, with the next. Before a forward
-    the Reader sets rows (n,), positions (n, W) to write, and stop: attention sees the keys at [0, stop)."""
-    def __init__(self, c: Config, rows: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (c.n_layer, rows, length + 1, c.n_kv_head, c.head_dim)  # position -1 takes what is padding
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+    """Keys and values by position. Exact: a finished block sees no later one, so its keys are final. The open
+    block is written at every step, and once more, free of masks, at the first step of the next."""
+    def __init__(self, c: Config, rows: int, length: int, like: Tensor):  # one more position, -1: of padding
+        self.k, self.v = (like.new_zeros(c.n_layer, rows, length + 1, c.n_kv_head, c.head_dim) for _ in "kv")
+    def at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
+        """Of the next forward: it writes positions (n, W) of rows (n,), and sees the keys at [0, stop)."""
+        self.rows, self.positions, self.stop = rows, positions, stop
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (n, W, G, K); return all keys and values of these rows, each (n, stop, G, K)."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
@@ -452,8 +453,7 @@ class Reader:
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, cached: bool = False):
         self.model, self.tokens, self.lengths, self.b, c = model, tokens, lengths, b, model.config
         self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the last block; -1: read all
-        cached, head = cached or c.block_size > 0, model.head
-        self.cache = KVCache(c, *tokens.shape, head.device, head.dtype) if cached else None
+        self.cache = KVCache(c, *tokens.shape, model.head) if cached or c.block_size else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, and at
         its first step the block before, to replace the keys of its masks. Sets last_begin: once a forward."""
@@ -486,7 +486,7 @@ class Reader:
             mask = (torch.arange(keys, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
         if self.cache:
             written = positions.masked_fill(positions < oldest[:, None], -1)
-            self.cache.rows, self.cache.positions, self.cache.stop = rows.to(device), written.to(device), keys
+            self.cache.at(rows.to(device), written.to(device), keys)
         self.hidden = model.predicting(model(x, at.to(device), mask, self.cache), in_window)  # (N, D)
         return model.logits(self.hidden)
 

@@ -58,7 +58,7 @@ def test_bytes_are_those_of_the_tensors(tiny):
         model = tiny(block_size=4, tied=tied)
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
         matrices -= 0 if tied else model.embedding.numel()  # ids only look it up
-        cache = rcd.KVCache(model.config, 1, 15, torch.device("cpu"), torch.bfloat16)  # and one for padding
+        cache = rcd.KVCache(model.config, 1, 15, torch.zeros((), dtype=torch.bfloat16))  # and one for padding
         assert costs.step_bytes(model.config, 16, 0) == 2 * matrices + cache.k.nbytes + cache.v.nbytes
     assert costs.step_bytes(tiny().config, 16, 0) == 2 * matrices, "a bidirectional model reads no cache"
 

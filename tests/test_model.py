@@ -205,11 +205,11 @@ def test_cache_in_pieces_gives_what_a_whole_forward_gives(tiny):
     model, b, positions = tiny(), 3, torch.arange(9)[None]
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
     whole = model(x, positions, peers.block_causal_mask(positions, positions, b)[:, None])
-    cache = rcd.KVCache(model.config, 2, 9, x.device, x.dtype)
+    cache = rcd.KVCache(model.config, 2, 9, like=x)
     # A block is written again until it is clean. A window begins anywhere.
     for begin, end, noise in ((0, 3, 0), (3, 6, 5), (3, 6, 0), (1, 9, 0)):
         at = positions[:, begin:end].repeat(2, 1)
-        cache.rows, cache.positions, cache.stop = torch.arange(2), at, end
+        cache.at(torch.arange(2), at, end)
         mask = peers.block_causal_mask(at, torch.arange(end)[None], b)[:, None]
         part = model(x[:, begin:end] + noise, at, mask, cache)
     torch.testing.assert_close(part, whole[:, 1:], atol=1e-5, rtol=1e-5)
@@ -217,14 +217,14 @@ def test_cache_in_pieces_gives_what_a_whole_forward_gives(tiny):
 
 def test_cache_keeps_by_row_and_position():
     c = Config(n_layer=2, n_head=2, n_kv_head=1, head_dim=2)
-    cache = rcd.KVCache(c, 3, 5, torch.device("cpu"), torch.float32)
+    cache = rcd.KVCache(c, 3, 5, like=torch.zeros(()))
     k = torch.arange(8.0).view(2, 2, 1, 2) + 1  # (2 rows, 2 positions, 1 head, width 2)
-    cache.rows, cache.positions, cache.stop = torch.tensor([0, 2]), torch.tensor([[-1, 0], [1, 2]]), 3
+    cache.at(torch.tensor([0, 2]), torch.tensor([[-1, 0], [1, 2]]), 3)
     keys, values = cache.update(1, k, -k)
     # Position -1 of row 0 is padding: no one sees it.
     assert keys[:, :, 0].tolist() == [[[3, 4], [0, 0], [0, 0]], [[0, 0], [5, 6], [7, 8]]]
     assert torch.equal(values, -keys)
-    cache.rows, cache.positions, cache.stop = torch.arange(3), torch.ones(3, 1, dtype=torch.long), 5
+    cache.at(torch.arange(3), torch.ones(3, 1, dtype=torch.long), 5)
     keys, _ = cache.update(1, torch.full((3, 1, 1, 2), 9.0), torch.zeros(3, 1, 1, 2))
     assert keys[:, :, 0, 0].tolist() == [[3, 9, 0, 0, 0], [0, 9, 0, 0, 0], [0, 9, 7, 0, 0]]
     assert not cache.k[0].any()  # the other layer has its own

@@ -94,11 +94,11 @@ def test_padding_and_cache_change_nothing(tmp_path):
     model = zoo.load(write(tmp_path / "SDAR-b4", theirs, model_type="sdar")).model
     tokens = torch.randint(0, MASK, (1, 12), generator=torch.Generator().manual_seed(2))
     expected = their_logits(theirs, tokens, 4)[0, :, :MASK]
-    cache = rcd.KVCache(model.config, 1, 12, torch.device("cpu"), torch.float32)
+    cache = rcd.KVCache(model.config, 1, 12, like=model.head)
     with torch.no_grad():
         for start in (0, 4, 8):
             at = torch.arange(start, start + 4)[None]
-            cache.rows, cache.positions, cache.stop = torch.tensor([0]), at, start + 4
+            cache.at(torch.tensor([0]), at, start + 4)
             hidden = model(model.embed_tokens(tokens[:, start : start + 4]), at, None, cache)
             got = model.logits(hidden[0])[:, :MASK]
             assert torch.allclose(got, expected[start : start + 4], atol=1e-5, rtol=1e-5)

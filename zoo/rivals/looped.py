@@ -46,6 +46,5 @@ def second(cache: KVCache, layers: int) -> KVCache:
     if not hasattr(cache, "second"):
         cache.second = copy.copy(cache)
         cache.second.k, cache.second.v = (torch.zeros_like(x[:layers]) for x in (cache.k, cache.v))
-    own = cache.second
-    own.rows, own.positions, own.stop = cache.rows, cache.positions, cache.stop
-    return own
+    cache.second.at(cache.rows, cache.positions, cache.stop)
+    return cache.second
