@@ -16,8 +16,8 @@ random, lines of like length share a batch; else only the --num_samples of a lin
 so that what a line gets does not depend on the others.
 
 --eval prints accuracy against forward passes instead: on the test split of a data set, or on a file with a
-puzzle per line (the canvas with "_" for the cells to fill, white space, its solution). It takes step budgets
-and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule.
+puzzle per line (the canvas with "_" for the cells to fill, white space, its solution). It tries step budgets
+and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule; none is to be typed.
 
 A default in [brackets] gives way to what the model recommends. Without --rule, an option implies its rule:
 --steps static, --threshold threshold, --entropy_bound entropy-bounded, --factor factor, --kl_bound klass,
@@ -38,7 +38,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages (Linux): half of a step's time is page faults
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -52,8 +51,9 @@ import data
 import zoo
 from data.canvases import Puzzles, canvas_of, canvases, task_of
 from rcd import Step, Transformer, denoise
+from zoo import speed
 from zoo.decoding import Carry, Decoding
-from zoo.files import write_atomic
+from zoo.files import check_writable, write_atomic
 from zoo.rivals import carries
 from zoo.tools import distributed, volume
 from zoo.tools.animation import animation
@@ -107,9 +107,10 @@ class Options:
             raise ValueError("--eval excludes --prompt, --compare, --html and --svg")
         if self.prompts and Path(self.out).resolve() == Path(self.prompts).resolve():
             raise ValueError(f"--out={self.out} would overwrite the prompts")
-        for path in (self.html, self.svg, self.plot, self.out):
-            if path and not Path(path).parent.is_dir():
-                raise ValueError(f"cannot write {path}: there is no folder {Path(path).parent}")
+        if self.plot and not (self.eval and Path(self.plot).suffix in (".png", ".svg", ".pdf")):
+            raise ValueError(f"--plot={self.plot} goes with --eval, and names a .png, .svg or .pdf file")
+        for path in filter(None, (self.html, self.svg, self.plot, self.out)):
+            check_writable(path)
 
 
 def main() -> None:
@@ -243,7 +244,8 @@ def fill_file(o: Options, setting: Setting, loaded: zoo.Loaded, task: data.Datas
         except ValueError as error:
             raise ValueError(f"{o.prompts}, line {number}: {error}") from None
         lines.append(volume.Line(given, canvas, begin, given.get("seed", o.seed + number)))
-    settings = {"model": o.model, "max_new": o.max_new, "infill": o.infill, "dtype": str(dtype)[6:],
+    warm = {"reference": o.reference} if o.reference else {}
+    settings = {"model": o.model, **warm, "max_new": o.max_new, "infill": o.infill, "dtype": str(dtype)[6:],
                 **asdict(setting.sampler), **asdict(setting.residual)}  # fmt: skip
     records = volume.run_file(setting, lines, o.num_samples, o.batch_size, dtype, loaded.tokenizer, settings,
                               Path(o.out))  # fmt: skip
@@ -253,9 +255,7 @@ def fill_file(o: Options, setting: Setting, loaded: zoo.Loaded, task: data.Datas
 
 def compiled(models: set[Transformer], sampler: Decoding, device: torch.device) -> Decoding:
     """Compile the models in place. Returns the sampler for them: CUDA graphs need forwards of few shapes."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        here = "there is no g++ here: install it, or name another in the variable CXX"
-        raise ValueError(f"--compile needs a C++ compiler, and {here}")
+    speed.check_compiler(device)
     torch._dynamo.config.cache_size_limit = 64  # graphs of a function, of all models and shapes
     fixed = sampler.fixed_shapes or device.type == "cuda"
     for model in models:

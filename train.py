@@ -27,7 +27,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from zoo.progress import progress
 from zoo.recipes import earlier_context, sometimes_absent
 from zoo.tools import checks, distributed, models, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
-from zoo.tools.checks import RECIPES, implied
+from zoo.tools.checks import RECIPES
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.distributed import SharedTrajectories, once
 from zoo.tools.training import (LOSSES, State, Stop, accuracy, batches, draw_t, generators, learning_rate,
@@ -62,8 +62,8 @@ class Train:
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
     # or another paper's, of zoo/rivals: soft-mask | loopholing | relay | gemma | loop (NAME-trajectory trains
     # them like trajectory) | scmdm; default: trajectory below 64 tokens to fill, else earlier
-    absent: float = 0.0  # all recipes but trajectory: share of rows without a residual, as in a cold start;
-    # default of earlier: 0.3, of another paper's: its own
+    absent: float = 0.0  # share of rows without a residual, as in a cold start (trajectories start without
+    # one anyway); default of earlier: 0.3, of another paper's: its own
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
@@ -79,7 +79,7 @@ class Train:
     dtype: str = ""  # bfloat16 | float32, of matmuls; default: bfloat16 where the processor has it
     adam: str = "float32"  # of AdamW's two moments: float32 | bfloat16, half the memory; weights are float32
     compile: bool = False  # torch.compile the model
-    t_per: str = "document"  # a noise level t per document (LLaDA, SDAR) | block (Fast-dLLM v2)
+    t_per: str = "document"  # a noise level t per document | block (Fast-dLLM v2); trajectories know none
     weighting: str = "1/t"  # of a mask, after the base: 1/t | 1 | complementary (once each: zoo/fastdllm.py)
     shard: str = "auto"  # with torchrun, a process holds: none (all) | full (a part) | auto (part if need be)
     offload: bool = False  # with --shard=full: that part, with its gradients and moments, is on the host
@@ -88,7 +88,7 @@ class Train:
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
-    accumulate: int = 1  # gradient accumulation: a batch goes through the model in so many pieces
+    accumulate: int = 1  # pieces in which a batch goes through the model; on trajectories they weigh by rows
     lr: float = 0.0  # peak learning rate
     schedule: str = "cosine"  # cosine (to a tenth) | constant, both after the warm-up
     warmup: float = 0.05  # share of the steps in which the rate rises linearly (the paper: 0.03, constant)
@@ -104,7 +104,7 @@ class Train:
 
 @dataclass
 class Shape:
-    """the model that a base is trained as (0 = by preset)"""
+    """the model that a base is trained as (0 = by preset); the one of --init_from has its own"""
 
     n_layer: int = 0  # layers
     n_head: int = 0  # attention heads of width 32 (cpu) or 64 (gpu)
@@ -129,6 +129,8 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         "weighting": LOSSES, "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
     checks.fill_zeros(PRESETS[o.preset], o, shape)
     checks.check_options(o, shape.block_size)
+    if o.compile:
+        speed.check_compiler(device)
     return PRESETS[o.preset]
 
 
@@ -257,13 +259,8 @@ def train_stage(stage: str, r: models.Run) -> None:
 
 
 def main() -> None:
-    opened = functools.cache(data.load)
-
-    def presets(typed: dict) -> dict:
-        given = checks.options_of(typed.get("options", ""), Train, Shape, Carry)
-        return implied(given | typed, opened((given | typed).get("data", Train.data))) | given
-
-    o, shape, residual = arguments(__doc__, Train, Shape, Carry, presets=presets)
+    groups, opened = (Train, Shape, Carry), functools.cache(data.load)
+    o, shape, residual = arguments(__doc__, *groups, presets=lambda t: checks.presets(groups, opened, t))
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset, dataset = checked(o, shape, device), opened(o.data)
     length = dataset.meta["length"] if dataset.response("train") is not None else shape.length
@@ -284,6 +281,7 @@ def main() -> None:
     with checks.claimed(root):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():
+                checks.check_done(root / stage, asdict(o) | asdict(shape) | asdict(residual))
                 print(f"{stage}: already there, {root / stage}")
             else:
                 train_stage(stage, r)

@@ -141,7 +141,10 @@ class Puzzles(data.Dataset):
         """Raises ValueError that names the first line which is no such pair."""
         rows, mask = [], task.mask_id
         for number, line in enumerate(read_text(path, "puzzles").splitlines(), 1):
-            pair = [encode(part, loaded) for part in line.split()]
+            try:
+                pair = [encode(part, loaded) for part in line.split()]
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
             rows += [pair] if pair else []
             fits = len(pair) == 2 and len({len(ids) for ids in (*pair, *rows[0])}) == 1
             if pair and not (fits and all(s != mask and g in (mask, s) for g, s in zip(*pair))):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import rcd
+import zoo.recipes
 from zoo.fastdllm import complementary_loss
 from zoo.recipes import document_positions, noise_levels
 
@@ -53,3 +54,25 @@ def test_a_context_reads_both_copies(tiny):
     (noised,) = seen
     first, second = (noised.x == 11).chunk(2)
     assert torch.equal(first, ~second) and first.any() and second.any()
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_an_earlier_state_of_either_copy_masks_half_of_what_is_shown(tiny, t, monkeypatch):
+    """At u = 1/2: what is masked at t, and half of the rest."""
+    model, shape = tiny(max_len=400), (8, 400)
+    g = torch.Generator().manual_seed(3)
+    tokens, response = torch.randint(11, shape, generator=g), torch.ones(shape, dtype=torch.bool)
+    seen = []
+
+    def residual_of(target, x, n, residual, E):
+        seen.append((n.x == 11, x == 11))
+        return torch.zeros(len(n.cells[0])), torch.zeros(len(n.cells[0]), 16)
+
+    monkeypatch.setattr(zoo.recipes, "residual_of", residual_of)
+    draws = torch.rand(shape, generator=g), torch.full((8, 2), 0.5)
+    complementary_loss(model, tokens, response, t=torch.full((8, 1), t), draws=draws,
+                       context=zoo.recipes.earlier_context(rcd.Residual()))  # fmt: skip
+    ((now, earlier),) = seen
+    for masked, before in zip(now.chunk(2), earlier.chunk(2)):
+        assert (masked <= before).all()  # nothing that was shown is masked later
+        assert before[~masked].float().mean().item() == pytest.approx(0.5, abs=0.07)

@@ -21,7 +21,7 @@ from zoo.files import save as save_run
 from zoo.rivals import fsdfm
 from zoo.rivals.fsdfm import __main__ as command
 from zoo.rivals.fsdfm.dit import DiT, DiTConfig, init_weights, load, save, student_of
-from zoo.tools import training
+from zoo.tools import checks, training
 
 MASK = 2  # in the middle of the vocabulary: no code may take it for the last
 UNIFORM, MASKS = DiTConfig(5, MASK), DiTConfig(5, MASK, source="mask")
@@ -499,6 +499,10 @@ def test_train_resume_and_sample(text, tmp_path, monkeypatch, capsys):
     assert any(n.startswith("embed_h") for n in whole) and whole["embed_h.out.weight"].abs().max() > 0
     with pytest.raises(ValueError, match="already holds dfm, few"):
         call(monkeypatch, tmp_path, *argv)
+    with checks.claimed(tmp_path / "out/fsdfm"), pytest.raises(ValueError, match="out/fsdfm is in use by"):
+        call(monkeypatch, tmp_path, *argv, "--overwrite")
+    call(monkeypatch, tmp_path, *argv, "--name=free", "--clip=0", "--stage=dfm")
+    assert load_file(tmp_path / "out/free/dfm/model.safetensors")["head.weight"].abs().max() > 0
     capsys.readouterr()
     call(monkeypatch, tmp_path, "sample", "--steps=1,4", "--count=2", "--prompt=to be", "--device=cpu")
     shown = capsys.readouterr().out.split("---- ")[1:]
@@ -525,6 +529,7 @@ def test_the_table_of_a_judge(text, tmp_path, monkeypatch, tiny, capsys):
 
 
 @pytest.mark.parametrize("argv,message", [
+    (["train", "--d_cond=0"], "d_cond=0 must be at least 1"), (["train", "--n_layer=-1"], "n_layer=-1 must"),
     (["train", "--teacher=x"], "choose from rk4, rk2"), (["train", "--steps=-1"], "at least 1"),
     (["sample", "--steps=8,x"], "should be numbers"), (["sample", "--count=0"], "at least 1"),
     (["sample", "--temperature=0"], "must be above 0"),

@@ -127,6 +127,13 @@ def test_a_folder_without_a_record(folder, api, capsys):
     assert code == 2 and "no folder" in err
 
 
+def test_a_model_that_no_command_here_reads_is_not_pushed(folder, api, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "fsdfm"}))
+    code, _, err = pushed(capsys, folder, "you/name", "--license=mit")
+    assert code == 2 and "is a model of zoo/rivals/fsdfm" in err and err.count("\n") == 1 and not api
+
+
 def test_the_shipped_model_has_a_card(api, capsys, tmp_path):
     """Its train.json is of an earlier version."""
     for name in ("config.json", "train.json", "tokenizer.json", "model.safetensors"):

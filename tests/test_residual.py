@@ -61,6 +61,12 @@ def test_every_weight_by_hand(options, alpha, delta):
         assert d[0].tolist() == pytest.approx(delta, abs=1e-6)
 
 
+def test_a_weight_with_a_delta_of_its_own_is_none_of_the_method():
+    """top-1 is no p.E: rcd.Residual does not take it, whoever has imported zoo."""
+    with pytest.raises(ValueError, match="weight='top-1': choose from"):
+        Residual(weight="top-1")
+
+
 def by_loops(logits: list[float], table: list[list[float]], r: Carry) -> tuple[float, list[float]]:
     """One position, one number at a time."""
 
@@ -90,7 +96,7 @@ def by_loops(logits: list[float], table: list[list[float]], r: Carry) -> tuple[f
 
 # Rows at a time: all, one (never less), two, and tiles of one in chunks of four.
 @pytest.mark.parametrize("chunk, tile", [(1 << 25, 1 << 19), (9, 9), (20, 20), (40, 1)])
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", [*WEIGHTS, "top-1"])
 def test_loops_over_positions_and_vocabulary(weight, chunk, tile, monkeypatch):
     monkeypatch.setattr(rcd, "CHUNK", chunk)
     monkeypatch.setattr(rcd, "TILE", tile)
@@ -136,7 +142,7 @@ def tables(draw):
 
 
 @settings(max_examples=100)
-@given(tables(), st.sampled_from(sorted(WEIGHTS)), st.floats(0.1, 10), st.booleans(), st.floats(0, 1))
+@given(tables(), st.sampled_from([*WEIGHTS, "top-1"]), st.floats(0.1, 10), st.booleans(), st.floats(0, 1))
 def test_alpha_is_a_share_and_delta_an_average(both, weight, t_res, temper_delta, fixed):
     logits, table = both
     alpha, delta = Carry(weight, fixed, t_res, temper_delta)(logits, table)
@@ -267,7 +273,7 @@ def test_half_precision_tables_and_logits():
 
 
 @pytest.mark.parametrize("k", [0, 2])
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", [*WEIGHTS, "top-1"])
 def test_a_gradient_flows_through_delta_alone_and_only_if_asked_for(weight, k):
     logits, table = torch.randn(3, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     alpha, delta = Carry(weight, residual_top_k=k)(logits, table)

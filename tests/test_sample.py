@@ -612,6 +612,14 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--rule=best"], "rule='best'"),
     (["--factor=0.5", "--revoke=0.8"], "--factor and --revoke belong to different rules"),
     (["--factor=1", "--threshold=0.5"], "--factor and --threshold belong to different rules"),
+    (["--rule=static", "--threshold=0.5"], "rule=static does not read --threshold: choose from threshold,"),
+    (["--rule=left-to-right", "--factor=2"], "rule=left-to-right does not read --factor: choose from factor"),
+    (["--eval=sudoku", "--steps=2", "--carry=none"], "--eval tries several values of --steps and --carry"),
+    (["--eval=sudoku", "--threshold=0.6"], "--eval tries several values of --threshold: leave it out"),
+    (["--eval=sudoku", "--rule=factor", "--factor=1"], "--eval tries several values of --factor"),
+    (["--plot=x.png"], "--plot=x.png goes with --eval"),
+    (["--plot=x.foo", "--eval=sudoku"], "names a .png, .svg or .pdf file"),
+    (["--html=out"], "cannot write out: it is a folder"),
     (["--weight=learned"], "grid/target has no carry of its own"),
     (["--eval=sudoku", "--html=run.html"], "--eval excludes --prompt, --compare, --html and --svg"),
     (["--device=abacus"], "device='abacus'"),
@@ -620,7 +628,7 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--eval=bad1.txt"], "bad1.txt, line 2"),
     (["--eval=bad2.txt"], "bad2.txt, line 2"),
     (["--eval=bad3.txt"], "bad3.txt, line 1"),
-    (["--eval=bad4.txt"], "character 'x'"),
+    (["--eval=bad4.txt"], "bad4.txt, line 1: character 'x'"),
     (["--reference=stream", f"--prompt={PUZZLE}", "--start=warm"], "another tokenizer"),
     (["--rule=entropy"], "rule='entropy': choose from"),  # the name of an earlier version
     (["--think=2"], "unrecognized arguments: --think=2"),  # likewise

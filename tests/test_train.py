@@ -354,6 +354,43 @@ def test_resuming_under_other_options_is_refused(run, monkeypatch):
     run("--name=x", "--stage=base", "--resume", "--eval_every=1")  # what is shown may change
 
 
+def test_resuming_a_finished_stage_under_other_options_is_refused(run, capsys):
+    """Only under those that decide it: a base may get another target."""
+    run("--name=x", "--stage=base", "--recipe=earlier")
+    run("--name=x", "--stage=base", "--recipe=trajectory", "--steps=3", "--resume", "--eval_every=1")
+    assert "base: already there" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"out/x/base was trained with other options: seed=1337 \(now 1\);"):
+        run("--name=x", "--stage=base", "--resume", "--seed=1")
+    run("--name=x", "--stage=target", "--recipe=earlier")
+    run("--name=x", "--stage=target", "--recipe=earlier", "--resume")
+    with pytest.raises(ValueError, match=r"recipe=earlier \(now trajectory\), absent=0.3 \(now 0.0\)"):
+        run("--name=x", "--stage=target", "--recipe=trajectory", "--resume")
+
+
+def test_a_typed_recipe_brings_its_own_residual(run, monkeypatch):
+    """Not the one of --options. Another option that is typed leaves that as it was."""
+    run("--name=a", "--stage=base", "--recipe=earlier", "--fixed=0.25")
+
+    def again(*typed: str) -> tuple:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--options=a/base", "--overwrite", "--name=b", *typed])
+        train.main()
+        o = meta_of(Path("out/b/base"))["options"]
+        return o["recipe"], o["weight"], o["fixed"], o["absent"]
+
+    assert again("--lr=0.5") == ("earlier", "fixed", 0.25, 0.3)
+    assert again("--recipe=earlier") == ("earlier", "fixed", 0.25, 0.3)
+    assert again("--recipe=trajectory") == ("trajectory", "fixed", 0.5, 0.0)
+    assert again("--recipe=paper")[:2] == ("paper", "entropy")
+    assert again("--recipe=paper", "--weight=one")[:2] == ("paper", "one")
+
+
+def test_the_blocks_of_a_model_that_is_converted_are_its_own(run):
+    run("--name=x", "--stage=base", "--block_size=4")
+    run("--name=y", "--stage=reference", "--init_from=x/base", "--block_size=4")
+    with pytest.raises(ValueError, match="the model of --init_from has block_size=4"):
+        run("--name=z", "--stage=reference", "--init_from=x/base", "--block_size=6")
+
+
 def test_a_state_of_an_earlier_version_resumes_to_the_same_bits(run, monkeypatch, packed):
     """It has two options by other names, and the documents of trajectories by number, not by position."""
     options = [f"--data={packed}", "--recipe=trajectory", "--buffer=2"]
@@ -837,6 +874,10 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
     (["--weight=learned"], "weight=learned: recipe=trajectory trains no carry"),
+    (["--recipe=relay", "--weight=entropy"], "weight=entropy: recipe=relay trains another carry"),
+    (["--weight=remix", "--window=2"], "weight=remix passes no gradient on: it goes with --window=1"),
+    (["--recipe=loop", "--absent=0.5"], "absent=0.5 is for recipes that read a residual in every row: loop"),
+    (["--absent=0.5"], "absent=0.5 is for recipes that read a residual in every row: trajectory"),
     (["--weighting=t"], "weighting='t': choose from 1/t, 1, complementary"),
     (["--weighting=complementary"], "masks canvases twice, a trajectory is one: choose another --recipe"),
     (["--t_per=token"], "t_per='token': choose from document, block"),

@@ -123,7 +123,8 @@ def push(folder: Path, repo: str, licence: str, public: bool, dry_run: bool) -> 
     from zoo.card import write_card
     from zoo.hub import push_to_hub
 
-    zoo.read_json(folder / "config.json")
+    if zoo.read_json(folder / "config.json").get("model_type") == "fsdfm":
+        raise ValueError(f"{folder} is a model of zoo/rivals/fsdfm, which no other program here can read")
     there = (folder / "README.md").is_file()
     path = write_card(folder, repo, licence)
     print(f"card      {path}{' (as it was: delete it for a new one)' if there else ''}")

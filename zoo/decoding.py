@@ -54,8 +54,15 @@ WEIGHTS |= {
     "1-entropy": lambda z, p, r: 1 - WEIGHTS["entropy"](z, p, r),
     "1-confidence": lambda z, p, r: 1 - WEIGHTS["confidence"](z, p, r),
     "one": lambda z, p, r: z.new_ones(len(z)),
-    "top-1": lambda z, p, r: z.new_ones(len(z)),  # and Delta = E[argmax]: see Carry
 }
+
+
+def top_1(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry.weight=top-1: alpha = 1, and Delta = E[argmax]. logits (N, V), E (V, D) -> (N,), (N, D)."""
+    return torch.ones(len(logits), device=E.device), E[logits.argmax(-1)]
+
+
+CARRIES = {"top-1": top_1, **rivals.CARRIES}  # weights that bring a Delta of their own
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Decoding(Sampler):
 
     rule: str = "static"  # what to commit: static (the most confident, on a step budget) | threshold |
     # entropy-bounded | lowest-entropy | margin | random | left-to-right (the last four on a step budget) |
-    # factor | klass | r2 | r2-spatial | r2-temporal | wino | policy (zoo/rivals)
+    # factor | klass | r2 | r2-spatial | r2-temporal | wino | policy (zoo/rivals; the last two know no budget)
     entropy_bound: float = 0.1  # rule=entropy-bounded: the k surest with H_1 + ... + H_(k-1) <= this, in nats
     factor: float = 1.0  # rule=factor: the n surest with (n + 1)(1 - c_n) < this
     kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats
@@ -168,7 +175,7 @@ class Carry(Residual):
     temper_delta: bool = False  # T_res tempers Delta too (section 3.3 can be read so, Algorithm 2 not)
     residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
 
-    weights = ChainMap(rivals.CARRIES, WEIGHTS)  # no annotation: not a field
+    weights = ChainMap(CARRIES, WEIGHTS)  # no annotation: not a field
 
     def __post_init__(self):
         super().__post_init__()
@@ -186,18 +193,17 @@ class Carry(Residual):
         Let m be their mass: Delta = sum p_j E_j / m, and |Delta - exact| <= 2 (1 - m) max |E_j|. The tokens
         left out add at most (1 - m) max |E_j|, and division by m moves the others by no more.
         """
-        if self.weight in rivals.CARRIES:
-            return rivals.CARRIES[self.weight](logits, E)
-        k = 1 if self.weight == "top-1" else self.residual_top_k
+        if self.weight in CARRIES:
+            with torch.set_grad_enabled(grad):
+                return CARRIES[self.weight](logits, E)
+        k = self.residual_top_k
         if not 0 < k < logits.shape[1]:
             return super().__call__(logits, E, grad)
         with torch.set_grad_enabled(grad):
-            if self.weight in ("fixed", "one", "top-1"):  # these read no p
+            if self.weight in ("fixed", "one"):  # these read no p
                 alpha = WEIGHTS[self.weight](logits.float()[:, :1], None, self)
             else:
                 (alpha,) = by_rows(lambda z: self.alpha_and_p(z, E.dtype)[:1], tile(logits), logits)
-            if self.weight == "top-1":
-                return alpha, E[logits.argmax(-1)]
             top, ids = logits.topk(k)  # (N, k)
             p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
             return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")  # (N,), (N, D)

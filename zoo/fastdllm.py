@@ -68,11 +68,11 @@ def complementary_loss(model: Transformer, tokens: Tensor, response: Tensor, pos
     """
     shapes = tokens.shape, (len(tokens), 2)
     noise, uniform = draws or (torch.rand(s, generator=generator, device=tokens.device) for s in shapes)
-    masked = noise < t  # (B, T)
     both = [x if x is None else x.repeat(2, 1) for x in (tokens, response, positions)]  # (2B, T) each
-    t = torch.cat([masked, ~masked]).float()  # the noise level of a token: 1 masks it, 0 never does
-    twice = noise.repeat(2, 1), uniform.repeat(2, 1)
-    return 2 * diffusion_loss(model, *both, context=context, t=t, draws=twice)
+    # noise < t in the first copy, 1 - noise < 1 - t in the other: uniform in both, so that a context may ask
+    # for an earlier state of either.
+    t, twice = torch.cat([t, 1 - t]), (torch.cat([noise, 1 - noise]), uniform.repeat(2, 1))
+    return 2 * diffusion_loss(model, *both, context=context, bound=False, t=t, draws=twice)
 
 
 def plan(s: Settings, source: Source) -> Plan:

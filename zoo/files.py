@@ -78,6 +78,13 @@ def locked(folder: Path, command: str, remedy: str):
         yield
 
 
+def check_writable(path: str) -> None:
+    """Raises ValueError if no file can come to lie there: its folder is missing, or it is a folder."""
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        wrong = "it is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"
+        raise ValueError(f"cannot write {path}: {wrong}")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
     if not path.is_file():

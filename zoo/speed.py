@@ -8,6 +8,8 @@
 
 import functools
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from rcd import Reader, Transformer
+from rcd import Reader, Transformer, check
 
 FLEX = ("cuda",) if importlib.util.find_spec("triton") else ()  # devices where flex_attention is compiled
 compiled = functools.cache(torch.compile)  # of a function, at its first use
@@ -43,6 +45,13 @@ def prepare(model: Transformer, device: torch.device) -> Transformer:
     if torch.device(device).type in FLEX:
         model.attention_mask = flex_mask
     return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError if torch.compile finds no C++ compiler, which it needs on a CPU."""
+    here = "there is no g++ here: install it, or name another in the variable CXX"
+    found = device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
+    check(bool(found), f"--compile needs a C++ compiler, and {here}")
 
 
 def remat(model: Transformer) -> Transformer:

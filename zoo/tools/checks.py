@@ -6,7 +6,7 @@
 import errno
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 import zoo
+from rcd import check
 from zoo import tokenizer
-from zoo.decoding import RENAMED, carry_options
+from zoo.decoding import RENAMED, Carry, carry_options
 from zoo.files import locked
 from zoo.rivals import ABSENT, carries
 from zoo.rivals import RECIPES as RIVALS
@@ -27,13 +28,15 @@ from zoo.tools import distributed
 
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
-        "test_items", "options", "log", "plan", "shard", "offload"}  # fmt: skip
+        "test_items", "options", "log", "plan", "shard", "offload", "save_every"}  # fmt: skip
+# These decide the target's weights alone.
+LATER = {"recipe", "absent", "buffer", "window", "reference", *(f.name for f in fields(Carry))}
 
 
-def command(resume: bool = False) -> str:
-    """The command line of this run, to be typed again."""
+def command(resume: bool = False, program: str = "train.py") -> str:
+    """The command line of this run, to be typed again. program: train.py, or -m and a module."""
     typed = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-    return shlex.join([*distributed.launcher(), "train.py", *typed, *(["--resume"] if resume else [])])
+    return shlex.join([*distributed.launcher(), *program.split(), *typed, *(["--resume"] if resume else [])])
 
 
 def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
@@ -64,6 +67,19 @@ def options_of(name: str, *groups: type) -> dict:
     return values
 
 
+def presets(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dict:
+    """Defaults of train.py: those of --options, and what they and the typed options imply for the data set.
+
+    A recipe that is typed brings its own residual, not that of --options. dataset_of: name -> data.Dataset.
+    Raises ValueError as options_of and implied do.
+    """
+    given = options_of(typed.get("options", ""), *groups)
+    if typed.get("recipe", given.get("recipe")) != given.get("recipe"):
+        given = {k: v for k, v in given.items() if k not in ("weight", "fixed", "absent")}
+    values = given | typed
+    return implied(values, dataset_of(values.get("data", groups[0].data))) | given
+
+
 # Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
 # for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
 # point of accuracy where passes are many.
@@ -79,13 +95,16 @@ def implied(typed: dict, dataset) -> dict:
     """Defaults that the typed options and the data.Dataset imply.
 
     A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
-    Raises ValueError for weight=learned and a recipe that trains no such carry.
+    Raises ValueError for a weight and a recipe that do not go together.
     """
     response = dataset.response("train")
     short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
-    if typed.get("weight") == "learned" and carries.name_of(recipe) not in carries.OWN:
-        raise ValueError(f"weight=learned: recipe={recipe} trains no carry with parameters of its own")
+    own, weight = carries.name_of(recipe) in carries.OWN, typed.get("weight", "")
+    check(own or weight != "learned", f"weight=learned: recipe={recipe} trains no carry of the model's own")
+    check(not own or weight in ("", "learned"), f"weight={weight}: recipe={recipe} trains another carry")
+    passes = typed.get("window", 1) == 1 or weight != "remix"
+    check(passes, "weight=remix passes no gradient on: it goes with --window=1")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
 
@@ -125,9 +144,9 @@ def check_options(o, block_size: int) -> None:
         (o.batch_size // max(1, o.accumulate) < distributed.environment("WORLD_SIZE"),
          f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
          f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
-        (not 0 <= o.absent < 1 or (o.absent and trajectory),
-         f"absent={o.absent} must lie in [0, 1), and is 0 for recipe={o.recipe}, whose trajectories all "
-         "start without a residual"),
+        (not 0 <= o.absent < 1, f"absent={o.absent} must lie in [0, 1)"),
+        (o.absent and (trajectory or o.recipe == "loop"), f"absent={o.absent} is for recipes that read a "
+         f"residual in every row: {o.recipe} {'starts without one' if trajectory else 'reads none'}"),
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
@@ -161,6 +180,16 @@ def check_tokens(dataset, init_from: str, reference: str) -> None:
         raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {reference}")
 
 
+def check_done(folder: Path, options: dict) -> None:
+    """Raises ValueError if a stage that is there was trained with other options than these."""
+    later = {"base": {*LATER, "steps", "weighting"}, "reference": LATER}.get(folder.name, ())
+    then = carry_options(zoo.read_json(folder / "train.json").get("options", {}))
+    decide = [k for k in options if k in then and k not in (*FREE, *later)]
+    changed = [f"{k}={then[k]} (now {options[k]})" for k in decide if then[k] != options[k]]
+    remedy = "give the same ones, --name=NAME, or --overwrite"
+    check(not changed, f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
+
+
 # The last state of a stage, and the one before it: a file, or a folder if the model is sharded.
 STATE, BEFORE, SHARDS, SHARDS_BEFORE = (
     "state.safetensors", "state.before.safetensors", "state.shards", "state.before.shards",
@@ -187,18 +216,19 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 
 
 @contextmanager
-def claimed(root: Path):
+def claimed(root: Path, program: str = "train.py"):
     """The run folder, for this run alone: see locked(), whose ValueError process 0 raises. OSError, in one
     line, if something cannot be written there."""
+    remedy = "choose --name=NAME"
     with ExitStack() as held:
         try:
-            distributed.once(lambda: held.enter_context(locked(root, command(), "choose --name=NAME")))
+            distributed.once(lambda: held.enter_context(locked(root, command(program=program), remedy)))
             yield
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in REFUSED:
                 raise
             kept = "what was saved before is still there; mend that, then go on with"
-            raise OSError(f"cannot write to {root}: {error}; {kept}: {command(resume=True)}") from None
+            raise OSError(f"cannot write to {root}: {error}; {kept}: {command(True, program)}") from None
 
 
 def quick_attention(device: torch.device, length: int) -> None:

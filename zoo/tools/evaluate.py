@@ -32,10 +32,11 @@ SWEPT = {
 }  # fmt: skip
 
 # The options that a rule reads beside --steps. Without --rule, those that are typed imply the first rule here
-# that reads them all.
+# that reads them all. Rules that are not here read none.
 READS = {
     "static": (), "threshold": ("threshold",), "entropy-bounded": ("entropy_bound",), "factor": ("factor",),
     "klass": ("kl_bound", "threshold"), "r2": ("rescue", "threshold"), "wino": ("revoke", "threshold"),
+    "r2-spatial": ("rescue", "threshold"), "r2-temporal": ("rescue", "threshold"),
     "policy": ("policy", "policy_speed"),
 }  # fmt: skip
 
@@ -57,14 +58,21 @@ def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     """
     carry = "residual" if loaded.meta.get("stage") == "target" else "none"
     values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
+    own, weight = carries.of(loaded.model) is not None, typed.get("weight")
+    check(own or weight != "learned", f"weight=learned: {loaded.folder} has no carry of its own")
+    check(not own or weight in (None, "learned"), f"weight={weight}: {loaded.folder} has a carry of its own")
+
     asked = [name for name in typed if any(name in reads for reads in READS.values())]
-    fits = [rule for rule, reads in READS.items() if {*asked} <= {*reads}]
-    own = carries.of(loaded.model) is not None or typed.get("weight") != "learned"
-    check(own, f"weight=learned: {loaded.folder} has no carry of its own")
+    fits, options = [rule for rule, reads in READS.items() if {*asked} <= {*reads}], " and --".join(asked)
+    check(bool(fits), f"--{options} belong to different rules")
+    rule = typed.get("rule", fits[0])
+    check(not asked or rule in fits, f"rule={rule} does not read --{options}: choose from {', '.join(fits)}")
+    swept = {"steps", "carry", SWEPT.get(rule, CAREFUL)[0]}
+    lost = " and --".join(name for name in typed if name in swept)
+    check(not typed.get("eval") or not lost, f"--eval tries several values of --{lost}: leave it out")
     if not asked and "steps" not in typed:
         return values
-    check("rule" in typed or bool(fits), f"--{' and --'.join(asked)} belong to different rules")
-    return {**values, "steps": 0, "rule": (fits or [""])[0]}  # a rule that was typed wins
+    return {**values, "steps": 0, "rule": fits[0]}  # a rule that was typed wins
 
 
 def load_reference(loaded: zoo.Loaded, typed: str, device: torch.device,

@@ -146,6 +146,9 @@ def of_origin(loaded: zoo.Loaded, r: Run) -> tuple[Transformer, zoo.Loaded | Non
     most = loaded.model.config.max_len
     if r.length > most:
         raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {r.o.init_from}")
+    b, asked = loaded.model.config.block_size, r.shape.block_size
+    if asked not in (0, b):
+        raise ValueError(f"block_size={asked} shapes a base: the model of --init_from has block_size={b}")
     own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
     return loaded.model, None if own else loaded
 

@@ -12,6 +12,7 @@ Examples:
 """
 
 import copy
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Train:
     # plain masks, as every canvas begins
     lr: float = 3e-5  # constant learning rate
     weight_decay: float = 0.1  # AdamW
-    clip: float = 0.2  # largest norm of the gradient
+    clip: float = 0.2  # largest norm of the gradient; 0 = no clipping
     epsilon: float = 0.5  # the ratio is clipped to 1 - epsilon .. 1 + epsilon
     beta: float = 0.01  # weight of the KL
     sync: int = 64  # steps after which the reference of the KL becomes the model of that moment
@@ -101,7 +102,7 @@ def main() -> None:
                 with autocast(device, dtype):
                     new = log_probability(model, tokens, response, d, context)
                 grpo_loss(new, old, ref, advantage, response, o.epsilon, o.beta).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             done += 1

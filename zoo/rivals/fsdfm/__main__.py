@@ -59,7 +59,7 @@ class Train:
     warmup: float = 0.05  # share of the steps in which the rate rises linearly
     weight_decay: float = 0.03  # of matrices
     beta2: float = 0.95  # AdamW
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     ema: float = 0.999  # decay of the moving average that teaches stage few (the paper, far longer: 0.9995)
     save_every: int = 500  # steps between saves
     seed: int = 1337  # same seed, same machine: same weights to the bit
@@ -135,7 +135,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
                     x = path(model.config, x_1, t, noise)
                     loss = path_loss(model(x, t, torch.zeros_like(t)), x, x_1, t).mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.average()
@@ -167,6 +167,8 @@ def train(argv: list[str]) -> None:
                                "schedule": ("cosine", "constant")})  # fmt: skip
     for name in ("steps", "few_steps", "batch_size", "save_every"):
         check(getattr(o, name) > 0, f"{name}={getattr(o, name)} must be at least 1")
+    for name, value in asdict(shape).items():
+        check(name == "source" or value > 0, f"{name}={value} must be at least 1")
     device, _, reason = pick_device(o.device, o.dtype)
     dataset, root = data.load(o.data), Path("out") / o.name
     length = dataset.meta["length"] or shape.length
@@ -174,11 +176,12 @@ def train(argv: list[str]) -> None:
     stages = [s for s in STAGES if o.stage in (s, "all")]
     checks.check_folder(root, stages, o)
     print(f"{reason}\ndata {dataset.name}: canvas {length}, vocabulary {dataset.meta['vocab_size']}")
-    for stage in stages:
-        if o.resume and (root / stage / "train.json").is_file():
-            print(f"{stage}: already there, {root / stage}")
-        else:
-            train_stage(stage, o, shape, dataset, length)
+    with checks.claimed(root, "-m zoo.rivals.fsdfm"):
+        for stage in stages:
+            if o.resume and (root / stage / "train.json").is_file():
+                print(f"{stage}: already there, {root / stage}")
+            else:
+                train_stage(stage, o, shape, dataset, length)
     print(f"try: python -m zoo.rivals.fsdfm sample --model={root / stages[-1]} --steps=8")
 
 

@@ -56,6 +56,8 @@ class Options:
         for name, least in least_of.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if Path(self.out).is_dir():
+            raise ValueError(f"cannot write {self.out}: it is a folder")
 
 
 def rollout(model: Transformer, net: Policy, solutions: Tensor, fill: Tensor, s: Decoding, residual: Residual,
