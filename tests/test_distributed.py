@@ -18,7 +18,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -100,18 +99,21 @@ def child(number: int, n: int, ports: list[int], jobs: list) -> None:
         command.run(distributed.together(work))
 
 
-def run(n: int, *jobs: list[str] | Callable[[], None]) -> list[int]:
-    """The exit codes of n processes that do the jobs one after the other.
-
-    They are forked from a process that has imported much and done nothing: what earlier tests left here, such
-    as threads, could hold a lock that is never given back in a fork.
-    """
-    ports, fork = [free_port() for _ in jobs], multiprocessing.get_context("forkserver")
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has imported much and done nothing: what earlier tests left here,
+    such as threads, could hold a lock that is never given back in a fork."""
+    fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp",
                                  "torch.distributed.checkpoint"])  # fmt: skip
     with pytest.MonkeyPatch.context() as m:  # Python 3.11 looks elsewhere, and tells nobody
         m.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()
+    return fork
+
+
+def run(n: int, *jobs: list[str] | Callable[[], None]) -> list[int]:
+    """The exit codes of n processes that do the jobs one after the other."""
+    ports, fork = [free_port() for _ in jobs], forkserver()
     started = [fork.Process(target=child, args=(i, n, ports, jobs)) for i in range(n)]
     for process in started:
         process.start()
@@ -525,22 +527,32 @@ def test_a_scheduler_ends_all_processes_with_the_same_step_saved(data_sets, tmp_
         assert f.metadata()["step"] == "3"
 
 
+def torchrun(folder: Path, *words: str) -> None:
+    """A process that is torchrun, in this folder, with its errors in the file `told`. The processes that it
+    starts are forks: they have torch from their start, as it has."""
+    from torch.distributed.run import main
+
+    faulthandler.dump_traceback_later(300, exit=True)
+    os.chdir(folder)
+    os.dup2(os.open("told", os.O_WRONLY | os.O_CREAT), 2)
+    main(["--run_path", "--start_method=fork", *words])
+
+
 def test_torchrun_ends_in_one_line_if_a_process_is_killed(data_sets, tmp_path, one):
     """Two processes until then, and then one goes on."""
     options = [f"--data={data_sets}/sudoku", *TINY, "--stage=base", "--batch_size=8", "--base_steps=60",
                "--eval_every=5", "--eval_items=0", "--name=x"]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    line = [*torchrun, f"--master_port={free_port()}", ROOT / "train.py", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    words = ["--nproc_per_node=2", f"--master_port={free_port()}", str(ROOT / "train.py"), *options]
+    process = forkserver().Process(target=torchrun, args=(tmp_path, *words))
+    process.start()
     lock, state = tmp_path / "out/x/.lock", tmp_path / "out/x/base" / checks.STATE
     end = time.monotonic() + 200
     while not state.exists() and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)  # process 0
-    _, told = run.communicate(timeout=100)
-    lines = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert run.returncode != 0 and len(lines) == 1
+    process.join(100)
+    lines = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
+    assert process.exitcode not in (None, 0) and len(lines) == 1
     go_on = "error: another process of this run has ended; go on with: torchrun --nproc_per_node=2 train.py "
     assert lines[0].startswith(go_on) and lines[0].endswith(" --resume")
     one(*options, "--resume")
