@@ -70,30 +70,33 @@ def test_tied_heads(tmp_path):
 # ---- Memory
 
 MEASURE = """
-import sys, time, rcd, torch, zoo, zoo.checkpoint, zoo.tokenizer
+import json, os, sys, time, rcd, torch, zoo, zoo.checkpoint, zoo.tokenizer
 from zoo.decoding import Decoding
 with torch.device("meta"):
     rcd.Transformer(rcd.Config())  # torch's own 65 MB for its first meta tensors
 def rss():
     with open("/proc/self/status") as f:
         return {l.split(":")[0]: int(l.split()[1]) * 1024 for l in f if l.startswith(("VmRSS", "VmHWM"))}
-before, begin = rss()["VmRSS"], time.perf_counter()
-loaded = zoo.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-print(rss()["VmHWM"] - before, weights, time.perf_counter() - begin)
-if len(sys.argv) > 3:
-    begin, prompt = time.perf_counter(), loaded.tokenizer.encode("one two three")
-    response, nfe = rcd.generate(loaded.model, [prompt], 4, Decoding(**loaded.defaults))
-    print(len(response[0]), nfe[0], time.perf_counter() - begin)
+def measure(folder, dtype, *sample):
+    before, begin = rss()["VmRSS"], time.perf_counter()
+    loaded = zoo.load(folder, dtype=getattr(torch, dtype))
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    print(rss()["VmHWM"] - before, weights, time.perf_counter() - begin)
+    if sample:
+        begin, prompt = time.perf_counter(), loaded.tokenizer.encode("one two three")
+        response, nfe = rcd.generate(loaded.model, [prompt], 4, Decoding(**loaded.defaults))
+        print(len(response[0]), nfe[0], time.perf_counter() - begin)
+for case in json.loads(sys.argv[1]):
+    if not (child := os.fork()):  # its peak begins with what is held here
+        measure(*case)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def measure(folder: Path, values: dict, dtype: str, stored: torch.dtype, shards: int,
-            *sample: str) -> list[list[float]]:  # fmt: skip
-    """Write a checkpoint of this config.json and load it in a process of its own.
-
-    Returns [peak bytes, bytes of the weights, seconds], and for a sample [tokens, NFE, seconds].
-    """
+def write_large(folder: Path, values: dict, stored: torch.dtype, shards: int, random: bool = False) -> Path:
+    """A checkpoint of this config.json."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
     bytes_tokenizer(["<eos>", "<mask>"]).save(folder)
@@ -103,26 +106,36 @@ def measure(folder: Path, values: dict, dtype: str, stored: torch.dtype, shards:
     for file in {*files.values()}:
         tensors = {n: torch.ones(s, dtype=stored) for n, s in shapes.items() if files[n] == file}
         for t in tensors.values():
-            if sample and t.dim() > 1:
+            if random and t.dim() > 1:
                 t.normal_(std=0.02)
         save_file(tensors, folder / file)
     (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": files}))
-    argv = [sys.executable, "-c", MEASURE, str(folder), dtype, *sample]
+    return folder
+
+
+def measure(*cases: tuple[str, ...]) -> list[list[float]]:
+    """Load checkpoints, each in a process of its own. A case: (folder, dtype), or (folder, dtype, "sample").
+
+    Returns [peak bytes, bytes of the weights, seconds], and for a sample [tokens, NFE, seconds].
+    """
+    argv = [sys.executable, "-c", MEASURE, json.dumps(cases)]
     run = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return [[float(x) for x in line.split()] for line in run.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype, layers, shards", [("float32", 2, 3), ("bfloat16", 4, 1)])
-def test_peak_memory_is_that_of_the_weights(tmp_path, dtype, layers, shards):
-    values = dict(SIZES, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128,
-                  num_hidden_layers=layers, model_type="sdar", mask_token_id=MASK,
-                  rms_norm_eps=1e-6)  # fmt: skip
-    [(peak, weights, _)] = measure(tmp_path / "SDAR", values, dtype, torch.float32, shards)
-    assert weights > 1e8
-    # Beside the weights: 64 MiB of a file, mapped at a time, and the tensor that crosses their end.
-    assert peak <= 1.05 * weights + 2**26 + 17e6, (peak / 1e6, weights / 1e6)
+def test_peak_memory_is_that_of_the_weights(tmp_path):
+    cases = []
+    for dtype, layers, shards in (("float32", 2, 3), ("bfloat16", 4, 1)):
+        values = dict(SIZES, hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128,
+                      num_hidden_layers=layers, model_type="sdar", mask_token_id=MASK,
+                      rms_norm_eps=1e-6)  # fmt: skip
+        cases.append((str(write_large(tmp_path / dtype, values, torch.float32, shards)), dtype))
+    for case, (peak, weights, _) in zip(cases, measure(*cases), strict=True):
+        assert weights > 1e8
+        # Beside the weights: 64 MiB of a file, mapped at a time, and the tensor that crosses their end.
+        assert peak <= 1.05 * weights + 2**26 + 17e6, (case, peak / 1e6, weights / 1e6)
 
 
 FULL_SIZE = {
@@ -147,7 +160,8 @@ def test_full_size(tmp_path, name):
     SDAR takes 4 GB on disk and in memory, LLaDA 16 GB. Peak memory is within 5 % of the weights.
     """
     values = FULL_SIZE[name] | {"mask_token_id": MASK}  # the byte tokenizer's
-    loading, sampling = measure(tmp_path / name, values, "bfloat16", torch.bfloat16, 4, "sample")
+    folder = write_large(tmp_path / name, values, torch.bfloat16, 4, random=True)
+    loading, sampling = measure((str(folder), "bfloat16", "sample"))
     (peak, weights, seconds), (tokens, nfe, took) = loading, sampling
     print(f"\n{name}: {weights / 1e9:.2f} GB of weights, peak {peak / 1e9:.2f} GB, ", end="")
     print(f"loaded in {seconds:.1f} s, {tokens:.0f} tokens in {nfe:.0f} forwards, {took:.1f} s")
