@@ -48,9 +48,12 @@ def made(tmp_path_factory):
     def make(name, *argv):
         folder = tmp_path_factory.mktemp(name)
         task = importlib.import_module(f"data.{name.rstrip('9')}.prepare")
-        solutions = sudoku.Rules.solutions
+        solutions, squares = sudoku.Rules.solutions, latin.latin_squares
         with pytest.MonkeyPatch.context() as patch:
-            if name == "sudoku9":  # 128 boards at a time, not 1,024
+            # As many boards at a time as are asked for, and some: not 2,048, nor 1,024.
+            chains = 64 if name == "latin9" else 512
+            patch.setattr(latin, "latin_squares", functools.partial(squares, chains=chains))
+            if name == "sudoku9":
                 patch.setattr(sudoku.Rules, "solutions", lambda r, rng, n: solutions(r, rng, n // 8))
             task.main([*SMALL, *GENERATED[name], *argv, "--out", str(folder)])
         return data.load(folder)
@@ -162,7 +165,7 @@ def test_sudoku_has_one_solution(made, name, argv, n, boxes):
 
 def test_sudoku_solver_agrees_with_backtracking():
     rng, rules, puzzles = random.Random(0), sudoku.Rules(6), []
-    for solution in sudoku.Rules(6).solutions(np.random.default_rng(0), 200):
+    for solution in sudoku.Rules(6).solutions(np.random.default_rng(0), 100):
         grid = [str(int(bits).bit_length()) if rng.random() < 0.3 else "_" for bits in solution]
         grid[rng.randrange(36)] = rng.choice("123456")  # some of them have no solution any more
         puzzles.append(grid)
@@ -171,13 +174,13 @@ def test_sudoku_solver_agrees_with_backtracking():
     expected = [next(completions(p, 6, groups), None) is not None
                 and all(p[i] == "_" or p[i] != p[j] for i, j in pairs) for p in puzzles]
     boards = np.array([[63 if c == "_" else 1 << int(c) - 1 for c in p] for p in puzzles], np.uint16)
-    assert rules.solvable(boards).tolist() == expected and 20 < sum(expected) < 180
+    assert rules.solvable(boards).tolist() == expected and 10 < sum(expected) < 90
 
 
 def test_latin_check_takes_any_completion(made):
     several, dataset = 0, made("latin")
     tokens, response = np.array(dataset.tokens("test")), np.array(dataset.response("test"))
-    for row, (solution, puzzle) in enumerate(itertools.islice(canvases(dataset, "test"), 20)):
+    for row, (solution, puzzle) in enumerate(itertools.islice(canvases(dataset, "test"), 8)):
         others = list(itertools.islice(completions(puzzle, 6, lines(6)), 50))
         several += len(others) > 1
         assert all(latin.check(other, solution, puzzle) for other in [solution, *others])
@@ -188,7 +191,7 @@ def test_latin_check_takes_any_completion(made):
         assert not latin.check(puzzle, solution, puzzle) and not latin.check(solution[:-1], solution, puzzle)
         for digit in set("123456_") - {solution[cell]}:
             assert not latin.check(solution[:cell] + digit + solution[cell + 1:], solution, puzzle)
-    assert several > 15
+    assert several > 5
     for half in ("123456" * 6, "".join(digit * 6 for digit in "123456")):  # right in rows, in columns only
         assert not latin.check(half, half, "_" * 36)
 
