@@ -18,6 +18,7 @@ def settle() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = os.fstat  # no test waits for the disk; those that ask whether it is called put their own there
     hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("tests")
 
