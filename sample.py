@@ -17,7 +17,7 @@ so that what a line gets does not depend on the others.
 
 --eval prints accuracy against forward passes instead: on the test split of a data set, or on a file with a
 puzzle per line (the canvas with "_" for the cells to fill, white space, its solution). It tries step budgets
-and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule; none is to be typed.
+and thresholds, or with --rule=factor, klass, r2, wino, policy, ... values of that rule: leave these out.
 
 A default in [brackets] gives way to what the model recommends. Without --rule, an option implies its rule:
 --steps static, --threshold threshold, --entropy_bound entropy-bounded, --factor factor, --kl_bound klass,
@@ -107,8 +107,10 @@ class Options:
             raise ValueError("--eval excludes --prompt, --compare, --html and --svg")
         if self.prompts and Path(self.out).resolve() == Path(self.prompts).resolve():
             raise ValueError(f"--out={self.out} would overwrite the prompts")
-        if self.plot and not (self.eval and Path(self.plot).suffix in (".png", ".svg", ".pdf")):
-            raise ValueError(f"--plot={self.plot} goes with --eval, and names a .png, .svg or .pdf file")
+        if self.plot and not self.eval:
+            raise ValueError(f"--plot={self.plot} draws what --eval measures: give both")
+        if Path(self.plot).suffix.lower() not in ("", ".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot={self.plot}: name a .png, .svg or .pdf file")
         for path in filter(None, (self.html, self.svg, self.plot, self.out)):
             check_writable(path)
 
@@ -244,8 +246,8 @@ def fill_file(o: Options, setting: Setting, loaded: zoo.Loaded, task: data.Datas
         except ValueError as error:
             raise ValueError(f"{o.prompts}, line {number}: {error}") from None
         lines.append(volume.Line(given, canvas, begin, given.get("seed", o.seed + number)))
-    warm = {"reference": o.reference} if o.reference else {}
-    settings = {"model": o.model, **warm, "max_new": o.max_new, "infill": o.infill, "dtype": str(dtype)[6:],
+    named = {"reference": o.reference} if o.reference else {}
+    settings = {"model": o.model, **named, "max_new": o.max_new, "infill": o.infill, "dtype": str(dtype)[6:],
                 **asdict(setting.sampler), **asdict(setting.residual)}  # fmt: skip
     records = volume.run_file(setting, lines, o.num_samples, o.batch_size, dtype, loaded.tokenizer, settings,
                               Path(o.out))  # fmt: skip

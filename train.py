@@ -41,7 +41,7 @@ from zoo.progress import progress
 from zoo.recipes import earlier_context, sometimes_absent
 from zoo.tools import checks, distributed, models, training
 from zoo.tools.budget import matmul_rate, peak_memory, training_flops
-from zoo.tools.checks import RECIPES
+from zoo.tools.checks import LATER, RECIPES
 from zoo.tools.command import arguments, autocast, pick_device, run
 from zoo.tools.distributed import SharedTrajectories, once
 from zoo.tools.training import (LOSSES, State, Stop, accuracy, batches, draw_t, generators, learning_rate,
@@ -79,7 +79,7 @@ class Train:
     dtype: str = ""  # bfloat16 | float32, of matmuls; default: bfloat16 where the processor has it
     adam: str = "float32"  # of AdamW's two moments: float32 | bfloat16, half the memory; weights are float32
     compile: bool = False  # torch.compile the model
-    t_per: str = "document"  # a noise level t per document | block (Fast-dLLM v2); trajectories know none
+    t_per: str = "document"  # a noise level t per document | block (Fast-dLLM v2); not read on trajectories
     weighting: str = "1/t"  # of a mask, after the base: 1/t | 1 | complementary (once each: zoo/fastdllm.py)
     shard: str = "auto"  # with torchrun, a process holds: none (all) | full (a part) | auto (part if need be)
     offload: bool = False  # with --shard=full: that part, with its gradients and moments, is on the host
@@ -88,7 +88,7 @@ class Train:
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
-    accumulate: int = 1  # pieces in which a batch goes through the model; on trajectories they weigh by rows
+    accumulate: int = 1  # pieces of a batch; they count by their tokens, on trajectories by their rows
     lr: float = 0.0  # peak learning rate
     schedule: str = "cosine"  # cosine (to a tenth) | constant, both after the warm-up
     warmup: float = 0.05  # share of the steps in which the rate rises linearly (the paper: 0.03, constant)
@@ -129,7 +129,7 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
         "weighting": LOSSES, "shard": ("auto", "none", "full"), "log": ("", *training.SINKS)})  # fmt: skip
     checks.fill_zeros(PRESETS[o.preset], o, shape)
     checks.check_options(o, shape.block_size)
-    if o.compile:
+    if o.compile and not o.plan:
         speed.check_compiler(device)
     return PRESETS[o.preset]
 
@@ -260,7 +260,7 @@ def train_stage(stage: str, r: models.Run) -> None:
 
 def main() -> None:
     groups, opened = (Train, Shape, Carry), functools.cache(data.load)
-    o, shape, residual = arguments(__doc__, *groups, presets=lambda t: checks.presets(groups, opened, t))
+    o, shape, residual = arguments(__doc__, *groups, presets=lambda t: checks.defaults(groups, opened, t))
     device, dtype, reason = pick_device(o.device, o.dtype)
     preset, dataset = checked(o, shape, device), opened(o.data)
     length = dataset.meta["length"] if dataset.response("train") is not None else shape.length
@@ -281,7 +281,7 @@ def main() -> None:
     with checks.claimed(root):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():
-                checks.check_done(root / stage, asdict(o) | asdict(shape) | asdict(residual))
+                checks.check_done(root / stage, asdict(o) | asdict(shape) | asdict(residual), LATER[stage])
                 print(f"{stage}: already there, {root / stage}")
             else:
                 train_stage(stage, r)

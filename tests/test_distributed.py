@@ -547,10 +547,13 @@ def test_torchrun_ends_in_one_line_if_a_process_is_killed(data_sets, tmp_path, o
     process.start()
     lock, state = tmp_path / "out/x/.lock", tmp_path / "out/x/base" / checks.STATE
     end = time.monotonic() + 200
-    while not state.exists() and time.monotonic() < end:
-        time.sleep(0.02)
-    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)  # process 0
-    process.join(100)
+    try:
+        while not state.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)  # process 0
+        process.join(100)
+    finally:
+        process.terminate()  # SIGTERM: torchrun ends those that it has started
     lines = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("error: ")]
     assert process.exitcode not in (None, 0) and len(lines) == 1
     go_on = "error: another process of this run has ended; go on with: torchrun --nproc_per_node=2 train.py "

@@ -489,6 +489,8 @@ def test_train_resume_and_sample(text, tmp_path, monkeypatch, capsys):
             call(monkeypatch, tmp_path, *argv, "--name=cut", *extra)
     with pytest.raises(ValueError, match="other options"):
         call(monkeypatch, tmp_path, *argv, "--name=cut", "--resume", "--few_lr=1")
+    with pytest.raises(ValueError, match=r"cut/dfm was trained with other options: seed=1337 \(now 1\)"):
+        call(monkeypatch, tmp_path, *argv, "--name=cut", "--resume", "--seed=1")
     call(monkeypatch, tmp_path, *argv, "--name=cut", "--resume")
     assert calls[::2] == calls[1::2] == [*range(6), *range(6)]
     for stage in ("dfm", "few"):

@@ -95,3 +95,10 @@ def test_flex_attention_skips_the_tiles_where_nothing_is_seen(monkeypatch, block
         dense = attention_mask(may_attend, B, tiles * 128, "cpu").view(B, 1, tiles, 128, tiles, 128)
         named = speed.flex_mask(may_attend, B, tiles * 128, "cpu").block_mask.to_dense()
         assert torch.equal(named.bool(), dense.any(5).any(3)) and not named.bool().all()
+
+
+def test_compiling_needs_a_compiler_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    speed.check_compiler(torch.device("cuda"))
+    with pytest.raises(ValueError, match="--compile needs a C\\+\\+ compiler"):
+        speed.check_compiler(torch.device("cpu"))

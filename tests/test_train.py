@@ -357,7 +357,8 @@ def test_resuming_under_other_options_is_refused(run, monkeypatch):
 def test_resuming_a_finished_stage_under_other_options_is_refused(run, capsys):
     """Only under those that decide it: a base may get another target."""
     run("--name=x", "--stage=base", "--recipe=earlier")
-    run("--name=x", "--stage=base", "--recipe=trajectory", "--steps=3", "--resume", "--eval_every=1")
+    for more in (["--recipe=trajectory"], ["--steps=3"], ["--lora=2"], ["--eval_every=1"]):
+        run("--name=x", "--stage=base", "--recipe=earlier", "--resume", *more)
     assert "base: already there" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"out/x/base was trained with other options: seed=1337 \(now 1\);"):
         run("--name=x", "--stage=base", "--resume", "--seed=1")
@@ -365,6 +366,14 @@ def test_resuming_a_finished_stage_under_other_options_is_refused(run, capsys):
     run("--name=x", "--stage=target", "--recipe=earlier", "--resume")
     with pytest.raises(ValueError, match=r"recipe=earlier \(now trajectory\), absent=0.3 \(now 0.0\)"):
         run("--name=x", "--stage=target", "--recipe=trajectory", "--resume")
+    file = Path("out/x/target/train.json")
+    meta = meta_of(file.parent)
+    file.write_text(json.dumps(meta | {"options": {k: v for k, v in meta["options"].items() if k != "lora"}}))
+    again = "--name=x", "--stage=target", "--recipe=earlier", "--resume"
+    run(*again, f"--dtype={meta['dtype']}")
+    for typed, says in (("--lora=2", r"lora=0 \(now 2\)"), ("--dtype=bfloat16", r"\(now bfloat16\)")):
+        with pytest.raises(ValueError, match=says):
+            run(*again, typed)
 
 
 def test_a_typed_recipe_brings_its_own_residual(run, monkeypatch):
@@ -382,13 +391,16 @@ def test_a_typed_recipe_brings_its_own_residual(run, monkeypatch):
     assert again("--recipe=trajectory") == ("trajectory", "fixed", 0.5, 0.0)
     assert again("--recipe=paper")[:2] == ("paper", "entropy")
     assert again("--recipe=paper", "--weight=one")[:2] == ("paper", "one")
+    assert again("--reference=b/base")[:2] == ("paper", "entropy")
 
 
 def test_the_blocks_of_a_model_that_is_converted_are_its_own(run):
     run("--name=x", "--stage=base", "--block_size=4")
     run("--name=y", "--stage=reference", "--init_from=x/base", "--block_size=4")
-    with pytest.raises(ValueError, match="the model of --init_from has block_size=4"):
+    with pytest.raises(ValueError, match="block_size=6, but the model to start from has 4: leave it out"):
         run("--name=z", "--stage=reference", "--init_from=x/base", "--block_size=6")
+    with pytest.raises(ValueError, match="block_size=6, but the model to start from has 4: leave it out"):
+        run("--name=x", "--stage=reference", "--block_size=6")
 
 
 def test_a_state_of_an_earlier_version_resumes_to_the_same_bits(run, monkeypatch, packed):
@@ -873,11 +885,11 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--init_from=nothing-here"], "no model 'nothing-here'"),
     (["--accumulate=9", "--batch_size=4"], "accumulate=9 must lie between 1 and batch_size=4"),
     (["--weight=heavy"], "weight='heavy': choose from entropy"),
-    (["--weight=learned"], "weight=learned: recipe=trajectory trains no carry"),
-    (["--recipe=relay", "--weight=entropy"], "weight=entropy: recipe=relay trains another carry"),
+    (["--weight=learned"], "weight=learned is for recipes that train a carry, not trajectory"),
+    (["--recipe=relay", "--weight=entropy"], "recipe=relay trains its own carry: leave --weight out"),
     (["--weight=remix", "--window=2"], "weight=remix passes no gradient on: it goes with --window=1"),
-    (["--recipe=loop", "--absent=0.5"], "absent=0.5 is for recipes that read a residual in every row: loop"),
-    (["--absent=0.5"], "absent=0.5 is for recipes that read a residual in every row: trajectory"),
+    (["--recipe=loop", "--absent=0.5"], "--absent does nothing for recipe=loop, which reads no residual"),
+    (["--absent=0.5"], "--absent does nothing for recipe=trajectory, which starts without a residual"),
     (["--weighting=t"], "weighting='t': choose from 1/t, 1, complementary"),
     (["--weighting=complementary"], "masks canvases twice, a trajectory is one: choose another --recipe"),
     (["--t_per=token"], "t_per='token': choose from document, block"),

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
-import multiprocessing
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +20,7 @@ from zoo.decoding import Decoding
 from zoo.tokenizer import bytes_tokenizer
 from zoo.tools import command, volume
 
+ROOT = Path(__file__).resolve().parents[1]
 BYTES = bytes_tokenizer(["<eos>", "<mask>"])
 PROMPTS = ["one", "a longer prompt", "", "ö two", "x" * 30, "last"]
 
@@ -140,18 +141,19 @@ def test_a_run_that_is_cut_off_twice_leaves_whole_lines(cli, monkeypatch):
     assert cli("--max_new=9", "--batch_size=2")[0] == 0 and records() == wanted
 
 
-def test_a_killed_process_goes_on(cli, tmp_path):
+def test_a_killed_process_goes_on(cli, model, tmp_path):
     """SIGKILL in the middle of a run of 24 prompts. This process goes on with it."""
     write([f"prompt {i}" for i in range(24)])
+    script = [sys.executable, str(ROOT / "sample.py"), f"--model={model[0]}", "--device=cpu"]
     options = ["--steps=24", "--max_new=24", "--batch_size=2"]
-    process = multiprocessing.get_context("fork").Process(target=cli, args=options, daemon=True)
-    process.start()
+    files = ["--prompts=in.jsonl", "--out=out.jsonl", "--dtype=float32"]
+    process = subprocess.Popen([*script, *files, *options], stderr=subprocess.DEVNULL, cwd=tmp_path)
     out, begin = tmp_path / "out.jsonl", time.monotonic()
     while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
-        assert process.is_alive() and time.monotonic() - begin < 60
+        assert process.poll() is None and time.monotonic() - begin < 60
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
     before = out.read_bytes()
     whole = before[: before.rfind(b"\n") + 1].splitlines()
     assert 3 <= len(whole) < 24

@@ -71,7 +71,7 @@ class Decoding(Sampler):
 
     rule: str = "static"  # what to commit: static (the most confident, on a step budget) | threshold |
     # entropy-bounded | lowest-entropy | margin | random | left-to-right (the last four on a step budget) |
-    # factor | klass | r2 | r2-spatial | r2-temporal | wino | policy (zoo/rivals; the last two know no budget)
+    # factor | klass | r2 | r2-spatial | r2-temporal | wino | policy (zoo/rivals; the last two ignore --steps)
     entropy_bound: float = 0.1  # rule=entropy-bounded: the k surest with H_1 + ... + H_(k-1) <= this, in nats
     factor: float = 1.0  # rule=factor: the n surest with (n + 1)(1 - c_n) < this
     kl_bound: float = 0.01  # rule=klass: a cell is calm if its p moved by less, KL in nats

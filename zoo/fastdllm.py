@@ -62,7 +62,8 @@ def complementary_loss(model: Transformer, tokens: Tensor, response: Tensor, pos
                        *, t: Tensor, context: Context | None = None, generator: Generator | None = None,
                        draws: tuple = ()) -> Tensor:  # fmt: skip
     """Fast-dLLM v2's loss (arXiv 2509.26328): the batch and, beside it, a copy in which exactly the other
-    response tokens are masked. So each is predicted once: the mean of all -log p, in nats per response token.
+    response tokens are masked, but for rounding. So each is predicted once: the mean of all -log p, in nats
+    per response token.
 
     Arguments as in rcd.diffusion_loss; t (B, 1) or (B, T), from zoo.recipes.noise_levels for one per block.
     """

@@ -79,7 +79,7 @@ def locked(folder: Path, command: str, remedy: str):
 
 
 def check_writable(path: str) -> None:
-    """Raises ValueError if no file can come to lie there: its folder is missing, or it is a folder."""
+    """Raises ValueError if no file can be written there: its folder is missing, or it is a folder itself."""
     if Path(path).is_dir() or not Path(path).parent.is_dir():
         wrong = "it is a folder" if Path(path).is_dir() else f"there is no folder {Path(path).parent}"
         raise ValueError(f"cannot write {path}: {wrong}")

@@ -29,8 +29,11 @@ from zoo.tools import distributed
 # A resumed run may change these: where it runs and what it shows. All other options decide its weights.
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
         "test_items", "options", "log", "plan", "shard", "offload", "save_every"}  # fmt: skip
-# These decide the target's weights alone.
-LATER = {"recipe", "absent", "buffer", "window", "reference", *(f.name for f in fields(Carry))}
+# Stage -> the options that only later stages read.
+LATER = {"target": set(), "reference": {"recipe", "absent", "buffer", "window", "reference"}}
+LATER["reference"] |= {f.name for f in fields(Carry)}
+LATER["base"] = LATER["reference"] | {"steps", "weighting", "lora"}
+EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32"}  # of versions that had no such options
 
 
 def command(resume: bool = False, program: str = "train.py") -> str:
@@ -67,15 +70,17 @@ def options_of(name: str, *groups: type) -> dict:
     return values
 
 
-def presets(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dict:
+def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dict:
     """Defaults of train.py: those of --options, and what they and the typed options imply for the data set.
 
     A recipe that is typed brings its own residual, not that of --options. dataset_of: name -> data.Dataset.
     Raises ValueError as options_of and implied do.
     """
     given = options_of(typed.get("options", ""), *groups)
-    if typed.get("recipe", given.get("recipe")) != given.get("recipe"):
-        given = {k: v for k, v in given.items() if k not in ("weight", "fixed", "absent")}
+    recipe = typed.get("recipe", "paper" if typed.get("reference") else given.get("recipe"))
+    if recipe != given.get("recipe"):
+        its = ("recipe", "weight", "fixed", "absent", "window", "reference")
+        given = {k: v for k, v in given.items() if k not in its}
     values = given | typed
     return implied(values, dataset_of(values.get("data", groups[0].data))) | given
 
@@ -101,10 +106,10 @@ def implied(typed: dict, dataset) -> dict:
     short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
     own, weight = carries.name_of(recipe) in carries.OWN, typed.get("weight", "")
-    check(own or weight != "learned", f"weight=learned: recipe={recipe} trains no carry of the model's own")
-    check(not own or weight in ("", "learned"), f"weight={weight}: recipe={recipe} trains another carry")
-    passes = typed.get("window", 1) == 1 or weight != "remix"
-    check(passes, "weight=remix passes no gradient on: it goes with --window=1")
+    check(own or weight != "learned", f"weight=learned is for recipes that train a carry, not {recipe}")
+    check(not own or weight in ("", "learned"), f"recipe={recipe} trains its own carry: leave --weight out")
+    check(weight != "remix" or typed.get("window", 1) == 1,
+          "weight=remix passes no gradient on: it goes with --window=1")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
 
@@ -145,8 +150,10 @@ def check_options(o, block_size: int) -> None:
          f"batch_size={o.batch_size} in {o.accumulate} pieces has no row for each of "
          f"{distributed.environment('WORLD_SIZE')} processes: raise --batch_size, or lower --accumulate"),
         (not 0 <= o.absent < 1, f"absent={o.absent} must lie in [0, 1)"),
-        (o.absent and (trajectory or o.recipe == "loop"), f"absent={o.absent} is for recipes that read a "
-         f"residual in every row: {o.recipe} {'starts without one' if trajectory else 'reads none'}"),
+        (o.absent and trajectory, f"--absent does nothing for recipe={o.recipe}, which starts without a "
+         "residual anyway: leave it out"),
+        (o.absent and o.recipe == "loop", "--absent does nothing for recipe=loop, which reads no residual: "
+         "leave it out"),
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
@@ -180,12 +187,19 @@ def check_tokens(dataset, init_from: str, reference: str) -> None:
         raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {reference}")
 
 
-def check_done(folder: Path, options: dict) -> None:
-    """Raises ValueError if a stage that is there was trained with other options than these."""
-    later = {"base": {*LATER, "steps", "weighting"}, "reference": LATER}.get(folder.name, ())
-    then = carry_options(zoo.read_json(folder / "train.json").get("options", {}))
-    decide = [k for k in options if k in then and k not in (*FREE, *later)]
-    changed = [f"{k}={then[k]} (now {options[k]})" for k in decide if then[k] != options[k]]
+def check_done(folder: Path, options: dict, other: Iterable[str]) -> None:
+    """Raises ValueError if a stage that is there was trained with other options than these; `other` are those
+    that its weights do not depend on. A dtype counts if it was typed."""
+    meta = zoo.read_json(folder / "train.json")
+    then = EARLIER | carry_options(meta.get("options", {}))
+    then["dtype"] = meta.get("dtype", then.get("dtype")) if options["dtype"] else ""
+    check_same(folder, then, {k: v for k, v in options.items() if k in then and k not in (*FREE, *other)})
+
+
+def check_same(folder: Path, then: dict, now: dict) -> None:
+    """Raises ValueError if a stage was trained with other options than those of `now`."""
+    pairs = [(k, str(then.get(k)), str(v)) for k, v in now.items()]
+    changed = [f"{k}={old or 'none'} (now {new or 'none'})" for k, old, new in pairs if old != new]
     remedy = "give the same ones, --name=NAME, or --overwrite"
     check(not changed, f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
 

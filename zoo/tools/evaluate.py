@@ -59,17 +59,19 @@ def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     carry = "residual" if loaded.meta.get("stage") == "target" else "none"
     values = {"carry": carry, **carry_options(loaded.meta.get("residual", {})), **loaded.defaults}
     own, weight = carries.of(loaded.model) is not None, typed.get("weight")
-    check(own or weight != "learned", f"weight=learned: {loaded.folder} has no carry of its own")
-    check(not own or weight in (None, "learned"), f"weight={weight}: {loaded.folder} has a carry of its own")
+    has = f"{loaded.folder} has {'a' if own else 'no'} carry of its own"
+    check(weight is None or own == (weight == "learned"), f"weight={weight}, but {has}: leave --weight out")
 
     asked = [name for name in typed if any(name in reads for reads in READS.values())]
     fits, options = [rule for rule, reads in READS.items() if {*asked} <= {*reads}], " and --".join(asked)
     check(bool(fits), f"--{options} belong to different rules")
     rule = typed.get("rule", fits[0])
     check(not asked or rule in fits, f"rule={rule} does not read --{options}: choose from {', '.join(fits)}")
-    swept = {"steps", "carry", SWEPT.get(rule, CAREFUL)[0]}
-    lost = " and --".join(name for name in typed if name in swept)
-    check(not typed.get("eval") or not lost, f"--eval tries several values of --{lost}: leave it out")
+    ignored = "steps" in typed and rule in ("wino", "policy")
+    check(not ignored, f"rule={rule} ignores --steps: leave it out")
+    tried = [name for name in typed if name in ("steps", "carry", SWEPT.get(rule, CAREFUL)[0])]
+    says = f"--eval tries several values of --{' and --'.join(tried)}"
+    check(not typed.get("eval") or not tried, f"{says}: leave it out, perhaps for --rule={rule}")
     if not asked and "steps" not in typed:
         return values
     return {**values, "steps": 0, "rule": fits[0]}  # a rule that was typed wins

@@ -131,6 +131,7 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
         return init_weights(Transformer(r.config), torch.Generator().manual_seed(o.seed)).to(r.device), None
     if not o.init_from:
         model, origin = load(r.root / "base", r.device, torch.float32), None
+        check_blocks(model, r)
     else:
         stored = None if o.lora else torch.float32  # what is frozen needs no float32
         model, origin = of_origin(zoo.load(o.init_from, r.device, stored), r)
@@ -141,14 +142,19 @@ def start_of(stage: str, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     return carries.attach(model, carry, o.seed), origin
 
 
+def check_blocks(model: Transformer, r: Run) -> None:
+    """Raises ValueError if the options ask for another block_size than that of the model to start from."""
+    b, asked = model.config.block_size, r.shape.block_size
+    if asked not in (0, b):
+        raise ValueError(f"block_size={asked}, but the model to start from has {b}: leave it out")
+
+
 def of_origin(loaded: zoo.Loaded, r: Run) -> tuple[Transformer, zoo.Loaded | None]:
     """As start_of(), of a model that was loaded."""
     most = loaded.model.config.max_len
     if r.length > most:
         raise ValueError(f"canvases of {r.length} tokens are longer than max_len={most} of {r.o.init_from}")
-    b, asked = loaded.model.config.block_size, r.shape.block_size
-    if asked not in (0, b):
-        raise ValueError(f"block_size={asked} shapes a base: the model of --init_from has block_size={b}")
+    check_blocks(loaded.model, r)
     own = zoo.read_json(loaded.folder / "config.json").get("model_type") == "rcd"
     return loaded.model, None if own else loaded
 

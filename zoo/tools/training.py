@@ -23,12 +23,13 @@ from torch import Tensor
 
 from rcd import Context, Residual, Sampler, Transformer, diffusion_loss, maskable
 from zoo import adam
-from zoo.decoding import RENAMED
+from zoo.decoding import carry_options
 from zoo.fastdllm import complementary_loss
 from zoo.files import write_atomic
 from zoo.recipes import document_positions, noise_levels
 from zoo.tools import distributed
-from zoo.tools.checks import BEFORE, SHARDS, SHARDS_BEFORE, STATE, command, states
+from zoo.tools.checks import (BEFORE, EARLIER, SHARDS, SHARDS_BEFORE, STATE, check_same, command,
+                              states)  # fmt: skip
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate
 from zoo.tools.sinks import SINKS
@@ -241,12 +242,8 @@ class State:
             raise ValueError(f"no state in {folder} is whole: --overwrite starts this stage again")
         if "before" in path.name:
             print(f"{folder}: going on from the state before it, of step {saved['step']}", file=sys.stderr)
-        earlier = {"lora": "0", "weighting": "1/t", "adam": "float32"}  # of versions that had no such options
-        saved = earlier | {RENAMED.get(k, k): v for k, v in saved.items()}
-        changed = [f"{k}={saved.get(k)} (now {v})" for k, v in options.items() if saved.get(k) != v]
-        if changed:
-            remedy = "give the same ones, or --overwrite"
-            raise ValueError(f"{folder} was trained with other options: {', '.join(changed)}; {remedy}")
+        saved = EARLIER | carry_options(saved)
+        check_same(folder, saved, options)
         self.step, fused = int(saved["step"]), self.optimizer.defaults["fused"]
         # Steps of AdamW by parameter: fewer for an expert that some batches did not reach, perhaps none.
         steps = {n.removeprefix("step."): float(x) for n, x in under_way.items() if n.startswith("step.")}

@@ -39,6 +39,7 @@ from zoo.tools import checks, training
 from zoo.tools.command import arguments, autocast, pick_device, run
 
 STAGES = ("dfm", "few")
+IGNORED = {"dfm": {"few_steps", "few_lr", "teacher", "rate", "ema"}, "few": {"steps", "lr"}}
 
 
 @dataclass
@@ -179,6 +180,7 @@ def train(argv: list[str]) -> None:
     with checks.claimed(root, "-m zoo.rivals.fsdfm"):
         for stage in stages:
             if o.resume and (root / stage / "train.json").is_file():
+                checks.check_done(root / stage, asdict(o) | asdict(shape), IGNORED[stage])
                 print(f"{stage}: already there, {root / stage}")
             else:
                 train_stage(stage, o, shape, dataset, length)
