@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import data
 import rcd
-import train
 from data.common import write_dataset
 from rcd import Config, Noised, Residual, Transformer
 from zoo.decoding import Carry
 from zoo.recipes import (Trajectories, document_positions, earlier_context, init_weights, noise_levels,
                          sometimes_absent)  # fmt: skip
 from zoo.tokenizer import CharTokenizer
+from zoo.tools import checks
 from zoo.tools.training import State, draw_t
 
 MASK = 11  # of the tiny models
@@ -290,7 +290,7 @@ def test_the_recipe_that_is_not_named(tmp_path):
         ({}, short, trajectory, 500), ({}, long, earlier, 16), ({}, stream, earlier, 16),
         ({"reference": "x"}, short, paper, 500), ({"recipe": "paper"}, long, paper, 16),
     ):  # fmt: skip
-        assert train.implied(typed, dataset) == {**expected, "test_items": test_items}
+        assert checks.implied(typed, dataset) == {**expected, "test_items": test_items}
 
 
 def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):

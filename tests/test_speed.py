@@ -44,14 +44,14 @@ def test_a_compiled_forward_gives_the_same_tokens(tiny, fixed, backend):
 
 
 @pytest.mark.parametrize("block_size, packed, compiled, remat", [
-    (0, True, False, False), (4, False, True, False), (4, True, True, True),
+    (0, True, False, False), (4, False, False, False), (4, True, True, True),
 ])  # fmt: skip
 def test_flex_attention_learns_what_the_boolean_mask_does(
     tiny, monkeypatch, block_size, packed, compiled, remat
 ):
     """The mask as on CUDA, here on a CPU: the same loss. Compiled also the same gradients, and one graph of
     each function for all batches of a size. (torch has no backward kernel of it on a CPU; aot_eager needs
-    none. Compilation takes seconds, so one mask is left to the loss.)"""
+    none. Compilation takes seconds, so two masks are left to the loss.)"""
     options, graphs = dict(block_size=block_size, n_head=4, n_kv_head=2, head_dim=16), []
 
     def counting(graph, inputs):

@@ -176,9 +176,9 @@ def stopped(run, monkeypatch, sent: int, at: int, *options: str) -> None:
 
 
 @pytest.mark.parametrize("at, options", [
-    ((0, 2), []),
+    ((2,), ["--buffer=2", "--steps=4"]),
     ((2,), ["--recipe=paper", "--ema=0.9"]),
-    ((0, 2), ["--accumulate=2", "--ema=0.5", "--adam=bfloat16"]),
+    ((0, 2), ["--buffer=2", "--steps=4", "--accumulate=2", "--ema=0.5", "--adam=bfloat16"]),
     ((2,), ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]),
     ((2,), ["packed", "--recipe=paper", "--remat", "--block_size=4", "--t_per=block"]),
 ])  # fmt: skip
@@ -735,8 +735,8 @@ def test_memory_by_hand(monkeypatch):
 
 
 SHAPES = {
-    "float32": (dict(n_layer=4), 16, 64, torch.float32, False),
-    "blocks in bfloat16": (dict(n_layer=2, block_size=4), 8, 64, torch.bfloat16, False),
+    "float32": (dict(n_layer=4), 8, 64, torch.float32, False),
+    "blocks in bfloat16": (dict(n_layer=2, block_size=4), 4, 64, torch.bfloat16, False),
     "remat": (dict(n_layer=6), 16, 64, torch.float32, True),
     "many tokens": (dict(vocab_size=20_000, n_layer=1), 2, 64, torch.bfloat16, False),
     "large for its batch": (dict(n_layer=3, d_model=256, d_ff=688), 1, 32, torch.float32, False),
