@@ -153,14 +153,10 @@ def test_what_goes_wrong_in_a_process_is_told_here(work, words):
     assert "\n" not in str(error.value)
 
 
-def same(chunk: list) -> list:
-    return chunk
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_results_come_in_order(count):
     chunks = [[i] for i in range(count)]
-    assert [*store.in_order(same, iter(chunks), 3)] == chunks
+    assert [*store.in_order(list, iter(chunks), 3)] == chunks
 
 
 def test_the_seed_decides_the_order_of_all_documents(tmp_path):
