@@ -96,10 +96,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values by position. Exact: a finished block sees no later one, so its keys are final. The open
     block is written at every step, and once more, free of masks, at the first step of the next."""
-    def __init__(self, c: Config, rows: int, length: int, like: Tensor):  # -1 is of padding
-        self.k, self.v = (like.new_zeros(c.n_layer, rows, length + 1, c.n_kv_head, c.head_dim) for _ in "kv")
+    def __init__(self, c: Config, B: int, T: int, like: Tensor):  # of its dtype, on its device
+        self.k, self.v = (like.new_zeros(c.n_layer, B, T + 1, c.n_kv_head, c.head_dim) for _ in range(2))
     def at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
-        """The next forward writes positions (n, W) of rows (n,), and sees the keys at [0, stop)."""
+        """The next forward writes positions (n, W), -1 = padding, of rows (n,) and sees keys [0, stop)."""
         self.rows, self.positions, self.stop = rows, positions, stop
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (n, W, G, K); return all keys and values of these rows, each (n, stop, G, K)."""
