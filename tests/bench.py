@@ -233,6 +233,7 @@ def batch(o: Bench) -> Iterator[Row]:
 
 
 STEPS = ("a GPT's step", "stage 1", "stage 2 (paper, same-size reference)", "stage 2 (trajectories)")
+BY_MASS = Carry(residual_epsilon=1e-3)
 BRIEFLY = tuple(f"{step}, `residual_top_k` 128" for step in STEPS[2:])
 
 
@@ -363,14 +364,21 @@ def scale(o: Bench) -> Iterator[Row]:
 
     logits = model.logits(torch.randn(63, c.d_model).to(DTYPE))  # (63, V), the cells of a second step
     steps = [partial(second_step, model, 64, *how) for how in (("residual",), ("none",), ("residual", 128))]
-    by_itself = [timed(Carry(residual_top_k=k), logits, model.embedding) for k in (0, 128)]
+    sure = logits * (10 / logits[:, : c.mask_id].float().std())  # 256 tokens hold 0.999; of the others, none do
+    shares = [p.float().softmax(-1).topk(256).values.sum(-1) for p in (sure, logits)]
+    assert shares[0].min() > 0.999 > shares[1].max()
+    sides = (Carry(), logits), (Carry(residual_top_k=128), logits), (BY_MASS, sure), (BY_MASS, logits)
+    by_itself = [timed(residual, z, model.embedding) for residual, z in sides]
     probes = [*steps, *by_itself, timed(forward, 4), timed(forward, 512)]
-    rcd, seqd, brief, whole, part, few, many = interleave(probes, o.repeats)
+    rcd, seqd, brief, whole, part, short, long, few, many = interleave(probes, o.repeats)
     again = "the same, `residual_top_k` 128"
     yield compared("scale", f"RCD / SeqD, a step of {name}, block 64, batch 1", rcd, seqd, "<= 1.03")
     yield compared("scale", again, brief, seqd, "<= 1.03")
     yield compared("scale", f"the residual by itself / an RCD step of {name}", whole, rcd, "<= 0.03")
     yield compared("scale", again, part, brief, "<= 0.03")
+    adaptive = "the residual by itself, `residual_epsilon` 0.001,"
+    yield compared("scale", f"{adaptive} every p within 256 tokens / that step", short, brief, "<= 0.03")
+    yield compared("scale", f"{adaptive} no p within 256 tokens / exact", long, whole)
 
     bytes_here, flops_here = bandwidth(), matmul_rate()
     e_bytes = costs.step_bytes(c, 4, 4, itemsize=DTYPE.itemsize) / bytes_here / np.median(few)

@@ -68,6 +68,17 @@ def canvases(dataset, split):
         yield "".join(spell[i] for i in ids), "".join("_" if r else spell[i] for i, r in zip(ids, response))
 
 
+def cells(dataset, split):
+    """canvases(), as digits where a token is two of them."""
+    if not dataset.meta.get("pairs"):
+        yield from canvases(dataset, split)
+        return
+    two = {character: a + b for character, (a, b) in zip(
+        "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", itertools.product("123456", repeat=2))} | {"_": "__"}  # fmt: skip
+    for texts in canvases(dataset, split):
+        yield tuple("".join(two[character] for character in text) for text in texts)
+
+
 # ---- sums
 
 @pytest.mark.parametrize("argv", [(), ("--terms", "4", "--digits", "2"), ("--terms", "3", "--digits", "4")])
@@ -142,14 +153,16 @@ def same_up_to_names(grid):
     ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3),
     ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 9), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
     ("sudoku9", (), 9, (3, 3), 32), ("sudoku", ("--no_boxes",), 6, None, 12),
-    ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20)])  # fmt: skip
+    ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20), ("sudoku", ("--pairs",), 6, (2, 3), 10),
+    ("sudoku", ("--pairs", "--no_boxes"), 6, None, 12)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
-    assert dataset.meta["length"] == n * n and dataset.meta["vocab_size"] == n + 1
-    assert dataset.mask_id == n and dataset.eos_id is None
+    width = 1 + ("--pairs" in argv)  # cells of a token
+    assert dataset.meta["length"] == n * n // width and dataset.meta["vocab_size"] == n**width + 1
+    assert dataset.mask_id == n**width and dataset.eos_id is None
     for split in data.SPLITS:
         classes[split] = set()
-        for solution, puzzle in canvases(dataset, split):
+        for solution, puzzle in cells(dataset, split):
             assert all(sorted(solution[i] for i in line) == list("123456789"[:n]) for line in lines(n, boxes))
             assert puzzle.count("_") == n * n - shown
             classes[split].add(same_up_to_names(solution))
@@ -157,9 +170,10 @@ def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, 
 
 
 @pytest.mark.parametrize("name,argv,n,boxes", [
-    ("sudoku", (), 6, (2, 3)), ("sudoku9", (), 9, (3, 3)), ("sudoku", ("--no_boxes",), 6, None)])  # fmt: skip
+    ("sudoku", (), 6, (2, 3)), ("sudoku9", (), 9, (3, 3)), ("sudoku", ("--no_boxes",), 6, None),
+    ("sudoku", ("--pairs",), 6, (2, 3)), ("sudoku", ("--pairs", "--no_boxes"), 6, None)])  # fmt: skip
 def test_sudoku_has_one_solution(made, name, argv, n, boxes):
-    for solution, puzzle in canvases(made(name, *argv), "test"):
+    for solution, puzzle in cells(made(name, *argv), "test"):
         assert list(itertools.islice(completions(puzzle, n, lines(n, boxes)), 2)) == [solution]
 
 
@@ -218,6 +232,7 @@ def test_grid_layout(made):
     ids, response = dataset.tokens("test")[0], dataset.response("test")[0]
     shown = dataset.show(np.where(response, dataset.mask_id, ids), mask=".")
     assert len(shown.split("\n")) == 6 and shown.replace("\n", " ").split(" ").count(".") == 26
+    assert latin.layout("0123456789ABCDEFGH").split("\n")[::5] == ["0 1 2", "F G H"]  # pairs of cells
 
 
 @pytest.mark.parametrize("task,n,boxes", [(latin, 6, None), (sudoku, 6, (2, 3))])
@@ -266,7 +281,9 @@ def test_dataset_interface(made, name):
 
 @pytest.mark.parametrize("name,argv,words", [
     ("latin", ["--size", "3"], r"found only \d+ distinct examples for --(train|val|test): ask for fewer"),
-    ("latin", ["--given", "36"], "--given"), ("sudoku", ["--given", "5"], "--given")])  # fmt: skip
+    ("latin", ["--given", "36"], "--given"), ("sudoku", ["--given", "5"], "--given"),
+    ("sudoku", ["--pairs", "--given", "18"], "--given goes from 5 .* to 17 for --size 6 --pairs"),
+    ("sudoku", ["--pairs", "--size", "9"], "--pairs does not fit --size 9")])  # fmt: skip
 def test_impossible_requests_are_one_line_and_write_nothing(name, argv, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         importlib.import_module(f"data.{name}.prepare").main([*SMALL, *argv, "--out", str(tmp_path / "out")])

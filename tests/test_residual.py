@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rcd
+import zoo
 from rcd import WEIGHTS, Residual, mix
 from zoo.decoding import Carry, carry_options
 
@@ -225,6 +226,43 @@ def test_the_bound_can_be_met():
     assert gap.item() == pytest.approx(2 * 0.25 * 3)
 
 
+@settings(max_examples=100)
+@given(tables(), st.floats(1e-3, 0.9), st.floats(0.3, 3), st.booleans(), st.sampled_from([1, 2, 3, 256]))
+def test_delta_of_the_fewest_tokens_and_its_bound(both, epsilon, t_res, temper_delta, depth):
+    """Against an explicit sum over the fewest tokens that hold 1 - epsilon of p. Where `depth` of them hold
+    less, Delta is the exact product."""
+    logits, table = both
+    carry = Carry(t_res=t_res, temper_delta=temper_delta, residual_epsilon=epsilon)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo.decoding, "DEPTH", depth)
+        alpha, delta = carry(logits, table)
+    exact_alpha, exact = Carry(t_res=t_res, temper_delta=temper_delta)(logits, table)
+    assert torch.equal(alpha, exact_alpha)  # alpha never is an approximation
+    assert carry.bound(table) == pytest.approx(2 * epsilon * table.double().norm(dim=1).max().item())
+    assert (delta - exact).norm(dim=1).max() <= carry.bound(table) + 1e-5
+    p = (logits.double() / (t_res if temper_delta else 1)).softmax(-1)
+    for i, row in enumerate(p.tolist()):
+        order, mass, chosen = sorted(range(len(row)), key=lambda j: -row[j]), 0, []
+        for j in order:
+            if mass >= 1 - epsilon:
+                break
+            chosen, mass = [*chosen, j], mass + row[j]
+        near = abs(mass - 1 + epsilon) < 1e-5 or abs(mass - row[chosen[-1]] - 1 + epsilon) < 1e-5
+        equal = len(chosen) < len(row) and row[chosen[-1]] - row[order[len(chosen)]] < 1e-6
+        if near or equal:  # rounding may take one more or one fewer, or another of two equals
+            continue
+        expected = sum(row[j] / mass * table[j].double() for j in chosen)
+        expected = exact[i].double() if len(chosen) > depth else expected
+        torch.testing.assert_close(delta[i].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_fewest_tokens_by_hand():
+    """p = 1/2, 1/4, 1/4: one token holds a half, two hold three quarters, and all three the rest."""
+    for epsilon, expected in ((0.5, E[0]), (0.4, (2 * E[0] + E[1]) / 3), (0.1, (2 * E[0] + E[1] + E[2]) / 4)):
+        _alpha, delta = Carry(residual_epsilon=epsilon)(HALVES, E)
+        torch.testing.assert_close(delta[0], expected)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("k", [0, 40])
 def test_delta_in_half_precision_is_summed_in_float32(k, autocast):
@@ -272,13 +310,13 @@ def test_half_precision_tables_and_logits():
     torch.testing.assert_close(e[0].float(), expected, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("few", [{}, {"residual_top_k": 2}, {"residual_epsilon": 0.3}])
 @pytest.mark.parametrize("weight", [*WEIGHTS, "top-1"])
-def test_a_gradient_flows_through_delta_alone_and_only_if_asked_for(weight, k):
+def test_a_gradient_flows_through_delta_alone_and_only_if_asked_for(weight, few):
     logits, table = torch.randn(3, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    alpha, delta = Carry(weight, residual_top_k=k)(logits, table)
+    alpha, delta = Carry(weight, **few)(logits, table)
     assert not alpha.requires_grad and not delta.requires_grad
-    alpha, delta = Carry(weight, residual_top_k=k)(logits, table, grad=True)
+    alpha, delta = Carry(weight, **few)(logits, table, grad=True)
     assert not alpha.requires_grad and delta.requires_grad
 
 
@@ -288,6 +326,20 @@ def test_gradient_of_delta():
     _alpha, delta = Residual()(logits, E, grad=True)
     delta[0, 1].backward()  # (1, 3)[1] = 3
     assert logits.grad[0].tolist() == pytest.approx([0.5 * (0 - 3), 0.25 * (8 - 3), 0.25 * (4 - 3), 0])
+
+
+@pytest.mark.parametrize("depth", [1, 256])
+def test_gradient_of_delta_of_the_fewest_tokens(depth, monkeypatch):
+    """That of the exact sum, where all tokens are taken: by one bag, or with rows that take the product."""
+    monkeypatch.setattr(zoo.decoding, "DEPTH", depth)
+    logits = torch.tensor([[0.3, -0.2, 0.1, 1.0], [40.0, 0, 0, 0]])
+    found = []
+    for carry in (Residual(), Carry(residual_epsilon=1e-6)):
+        z, table = logits.clone().requires_grad_(), E.clone().requires_grad_()
+        (carry(z, table, grad=True)[1] * torch.arange(1.0, 5).view(2, 2)).sum().backward()
+        found.append((z.grad, table.grad))
+    for exact, ours in zip(*found):
+        torch.testing.assert_close(ours, exact)
 
 
 def test_gradient_of_the_mix():
@@ -303,10 +355,12 @@ def test_gradient_of_the_mix():
     (dict(weight="entropie"), "weight='entropie': choose from entropy, confidence"),
     (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"),
     (dict(t_res=INF), "t_res=inf"), (dict(residual_top_k=-1), "residual_top_k=-1"),
+    (dict(residual_epsilon=1.0), "residual_epsilon=1.0"), (dict(residual_epsilon=math.nan), "residual_epsilon=nan"),
+    (dict(residual_top_k=3, residual_epsilon=0.1), "choose one of residual_top_k and residual_epsilon"),
     (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
 ])  # fmt: skip
 def test_bad_choices(options, says):
-    for kind in (Carry,) if "residual_top_k" in options else (Residual, Carry):
+    for kind in (Carry,) if any(name.startswith("residual_") for name in options) else (Residual, Carry):
         with pytest.raises(ValueError, match=says) as error:
             kind(**options)
         assert "\n" not in str(error.value)

@@ -17,6 +17,7 @@ from rcd import (RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, 
                  softmax, tile)  # fmt: skip
 from zoo import dream, fastdllm, llada, rivals, speed
 
+DEPTH = 256  # tokens that residual_epsilon looks at: more would cost as much as the exact product
 CACHES = {"exact": Reader, "prefix": fastdllm.PrefixCache, "dual": fastdllm.DualCache}
 
 
@@ -174,12 +175,19 @@ class Carry(Residual):
     # top-1 (one, and Delta = E[argmax]) | remix (zoo/rivals) | learned (the model's own carry)
     temper_delta: bool = False  # T_res tempers Delta too (section 3.3 can be read so, Algorithm 2 not)
     residual_top_k: int = 0  # Delta from the k likeliest tokens alone (approximate, quick); 0 = exact
+    residual_epsilon: float = 0.0  # Delta from the fewest tokens that hold 1 - this of p (approximate, quick,
+    # with a bound); 0 = exact
 
     weights = ChainMap(CARRIES, WEIGHTS)  # no annotation: not a field
 
     def __post_init__(self):
         super().__post_init__()
         check(self.residual_top_k >= 0, f"residual_top_k={self.residual_top_k} must not be negative")
+        epsilon = self.residual_epsilon
+        check(0 <= epsilon < 1, f"residual_epsilon={epsilon} must lie in [0, 1)")
+        check(not (self.residual_top_k and epsilon), "choose one of residual_top_k and residual_epsilon")
+        own = self.weight in CARRIES and (self.residual_top_k or epsilon)
+        check(not own, f"weight={self.weight} brings its own Delta: residual_top_k and residual_epsilon must be 0")
 
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if not self.temper_delta:
@@ -188,7 +196,8 @@ class Carry(Residual):
         return WEIGHTS[self.weight](z, p, self).detach(), p.to(dtype)
 
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
-        """As in rcd.Residual. With residual_top_k = k, Delta is the expectation over the k likeliest tokens.
+        """As in rcd.Residual. With residual_top_k or residual_epsilon, Delta is the expectation over the
+        likeliest tokens alone.
 
         Let m be their mass: Delta = sum p_j E_j / m, and |Delta - exact| <= 2 (1 - m) max |E_j|. The tokens
         left out add at most (1 - m) max |E_j|, and division by m moves the others by no more.
@@ -196,6 +205,9 @@ class Carry(Residual):
         if self.weight in CARRIES:
             with torch.set_grad_enabled(grad):
                 return CARRIES[self.weight](logits, E)
+        if self.residual_epsilon:
+            with torch.set_grad_enabled(grad):
+                return self.fewest(logits, E, grad)
         k = self.residual_top_k
         if not 0 < k < logits.shape[1]:
             return super().__call__(logits, E, grad)
@@ -207,6 +219,32 @@ class Carry(Residual):
             top, ids = logits.topk(k)  # (N, k)
             p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
             return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")  # (N,), (N, D)
+
+    def fewest(self, logits: Tensor, E: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
+        """residual_epsilon: each row takes the fewest tokens that hold 1 - epsilon of its p. A row for which
+        DEPTH tokens are too few takes the exact product. logits (N, V), E (V, D) -> (N,), (N, D)."""
+
+        def rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n, V) -> (n,), (n, k), (n, k)
+            alpha, p = self.alpha_and_p(logits, torch.float32)
+            return alpha, *p.topk(min(DEPTH, p.shape[1]))  # the likeliest first
+
+        alpha, p, ids = by_rows(rows, tile(logits), logits)
+        likelier = p.cumsum(-1) - p  # (N, k) the mass of those before
+        taken = likelier < 1 - self.residual_epsilon
+        enough = p.sum(-1) >= 1 - self.residual_epsilon  # (N,)
+        few, many = enough.nonzero()[:, 0], (~enough).nonzero()[:, 0]  # rows: (n,), (N - n,)
+        p, taken, ids = p[few].masked_fill(~taken[few], 0), taken[few], ids[few]  # (n, k)
+        p = (p / p.sum(-1, keepdim=True)).to(E.dtype)
+        begin = taken.sum(-1).cumsum(0) - taken.sum(-1)  # (n,) where the tokens of each row begin
+        bags = F.embedding_bag(ids[taken], E, begin, per_sample_weights=p[taken], mode="sum")  # (n, D)
+        delta = E.new_zeros(len(logits), E.shape[1]).index_put((few,), bags)
+        if len(many):
+            delta = delta.index_put((many,), super().__call__(logits[many], E, grad)[1])
+        return alpha, delta
+
+    def bound(self, E: Tensor) -> float:
+        """The most by which residual_epsilon moves a Delta, in the length of embeddings E (V, D)."""
+        return 2 * self.residual_epsilon * E.detach().float().norm(dim=1).max().item()
 
 
 RENAMED = {"pool": "buffer", "terms": "residual_top_k"}  # options by their names in earlier versions

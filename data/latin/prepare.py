@@ -81,9 +81,10 @@ def relabelled(grid: np.ndarray) -> str:
 
 
 def layout(text: str) -> str:
-    """One line per row."""
+    """One line per row: n tokens for n * n of them, n / 2 if a token is two cells (data/sudoku)."""
     n = isqrt(len(text))
-    return "\n".join(" ".join(text[i:i + n]) for i in range(0, n * n, n))
+    n = n if n * n == len(text) else isqrt(2 * len(text)) // 2
+    return "\n".join(" ".join(text[i:i + n]) for i in range(0, len(text), n))
 
 
 def check(filled: str, solution: str, given: str) -> bool:

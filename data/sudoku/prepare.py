@@ -13,6 +13,10 @@ puzzle, a Latin square with one solution (data/latin has squares with many). The
 in reading order, one token each, without separators; the vocabulary is the digits and <mask>. The model fills
 the empty cells, and its answer counts when it is the solution.
 
+--pairs makes one token of two neighbouring cells, as a subword holds several letters: 18 tokens of 36 kinds
+instead of 36 of 6. Digits a and b are character 6 (a - 1) + b - 1 of 0 to 9 and A to Z. What a model predicts
+then is a joint distribution of two cells. Pairs are given or empty as a whole.
+
 Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
 that end in a contradiction are thrown away (every board can come out, not all equally often). Then cells
 are emptied in random order, each only if the solution stays the only one, until --given are left. All of it
@@ -33,7 +37,10 @@ from zoo.tools.command import whole
 
 SOURCE = "generated"
 BOX = {6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
-GIVEN = {(6, True): (9, 9), (6, False): (11, 12), (9, True): (24, 32), (9, False): (30, 36)}  # fewest, usual
+# (size, boxes, pairs): the fewest tokens given that are not too rare to find, and the usual number
+GIVEN = {(6, True, False): (9, 9), (6, False, False): (11, 12), (9, True, False): (24, 32),
+         (9, False, False): (30, 36), (6, True, True): (5, 5), (6, False, True): (6, 6)}  # fmt: skip
+PAIRS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
 
 
@@ -100,18 +107,23 @@ class Rules:
             boards = boards[alive]
         return boards
 
-    def puzzles(self, solutions: np.ndarray, given: int,
-                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Empty cells in random order, each only if no other digit could stand there, until `given` are left.
-        Returns the solutions for which that worked and (b, n*n) bool, True = empty."""
-        empty, i = np.zeros(solutions.shape, bool), np.arange(len(solutions))
-        for cell in rng.random(solutions.shape).argsort(1).T:  # (B,): the next cell of every board
-            other = np.where(empty, self.full, solutions)
-            other[i, cell] = self.full & ~solutions[i, cell]
-            todo = empty.sum(1) < self.n**2 - given
-            todo[todo] = ~self.solvable(other[todo])
-            empty[i[todo], cell[todo]] = True
-        done = empty.sum(1) == self.n**2 - given
+    def puzzles(self, solutions: np.ndarray, given: int, rng: np.random.Generator,
+                width: int = 1) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Empty tokens of `width` cells in random order, each only if nothing else could stand there, until
+        `given` are left. Returns the solutions for which that worked and (b, n*n / width) bool, True = empty.
+        """
+        count = self.n**2 // width
+        empty, i = np.zeros((len(solutions), count), bool), np.arange(len(solutions))
+        for token in rng.random(empty.shape).argsort(1).T:  # (B,): the next token of every board
+            todo = empty.sum(1) < count - given
+            for cell in range(width):  # something else differs in one of its cells
+                other = np.where(empty.repeat(width, 1), self.full, solutions)
+                digit = solutions[i, token * width + cell]
+                other.reshape(-1, count, width)[i, token] = self.full
+                other[i, token * width + cell] = self.full & ~digit
+                todo[todo] = ~self.solvable(other[todo])
+            empty[i[todo], token[todo]] = True
+        done = empty.sum(1) == count - given
         return solutions[done], empty[done]
 
 
@@ -123,29 +135,35 @@ def check(filled: str, solution: str, given: str) -> bool:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--size", type=whole(), default=6, choices=BOX, help="cells per row")
-    usual = "given cells (default: 9 of 36, 32 of 81; without boxes 12 and 36)"
+    usual = "given cells (default: 9 of 36, 32 of 81; without boxes 12 and 36), or pairs (5 of 18; 6)"
     parser.add_argument("--given", type=whole(0), help=usual)
     parser.add_argument("--no_boxes", action="store_true", help="rows and columns are the only rules")
+    parser.add_argument("--pairs", action="store_true", help="a token is two cells; 6x6 only")
     sizes(parser, train=30_000)
     args = parser.parse_args(argv)
-    n, boxes = args.size, not args.no_boxes
-    fewest, default = GIVEN[n, boxes]
-    given = default if args.given is None else args.given
-    if not fewest <= given < n * n:
+    n, boxes, width = args.size, not args.no_boxes, 1 + args.pairs
+    if n % width:
+        raise ValueError(f"--pairs does not fit --size {n}: a row of {n} cells has no whole number of pairs")
+    fewest, default = GIVEN[n, boxes, args.pairs]
+    given, most = default if args.given is None else args.given, n * n // width - 1
+    if not fewest <= given <= most:
         least = f"{fewest} (fewer are too rare to find)"
-        raise ValueError(f"--given goes from {least} to {n * n - 1} for --size {n}")
-    rules, tokenizer = Rules(n, boxes), CharTokenizer("123456789"[:n], ["<mask>"])  # digit d is token d - 1
+        raise ValueError(f"--given goes from {least} to {most} for --size {n}{' --pairs' * args.pairs}")
+    rules = Rules(n, boxes)
+    tokenizer = CharTokenizer(PAIRS if args.pairs else "123456789"[:n], ["<mask>"])  # digit d is token d - 1
 
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         while True:
-            boards, empty = rules.puzzles(rules.solutions(rng, 1024), given, rng)
-            tokens = COUNT[boards - 1]  # the bit of digit d is 2**(d - 1), so d - 1 bits lie below it
-            yield [relabelled(board) for board in tokens], tokens, empty
+            boards, empty = rules.puzzles(rules.solutions(rng, 1024), given, rng, width)
+            digits = COUNT[boards - 1]  # the bit of digit d is 2**(d - 1), so d - 1 bits lie below it
+            tokens = digits.reshape(-1, n * n // width, width) @ n ** np.arange(width)[::-1]
+            yield [relabelled(board) for board in digits], tokens, empty
 
     with claimed(args.out):
-        write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n, eos_id=None,
-                      source=SOURCE, licence="none needed", argv=argv,
-                      facts={"seed": args.seed, "size": n, "given": given, "boxes": boxes})
+        write_dataset(args.out, "sudoku", tokenizer, collect(args, draws), mask_id=n**width,
+                      eos_id=None, source=SOURCE, licence="none needed", argv=argv,
+                      facts={"seed": args.seed, "size": n, "given": given, "boxes": boxes,
+                             "pairs": args.pairs})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -308,7 +308,26 @@ def rivals_on(task: str) -> Experiment:
     return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
 
 
+def in_pairs(about: str, prepare: str, steps: tuple[int, ...]) -> Experiment:
+    """A puzzle whose tokens are two cells each, so p is one of 36 and not of 6 tokens. SeqD has 10 % more
+    steps as the control for compute. Both sides once more with twice the tokens."""
+    runs = PLAIN | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
+    runs |= {"seqd-compute": f"{PLAIN['seqd']} --steps=770", "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
+             "rcd-twice": f"{TRAJECTORY} --steps=1400"}  # fmt: skip
+    runs["loopholing-trajectory"] = RIVALS["loopholing-trajectory"]
+    plain = {"seqd-compute": "SeqD, 10 % more steps", "seqd-twice": "SeqD, twice the tokens"}
+    curves = [HARD[0], *(Curve(label, run, {"carry": "none"}, more=MORE) for run, label in plain.items()),
+              *HARD[1:], Curve("RCD, twice the tokens", "rcd-twice", more=MORE),
+              *(replace(curve, more=MORE) for curve in (COLD, WARM)),
+              Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE)]  # fmt: skip
+    return Experiment(about, "", runs, curves, steps, within=(2, 3, 4, 5, 6, 8), prepare=prepare)
+
+
 EXPERIMENTS |= {
+    "pairs": in_pairs("6x6 Sudoku in tokens of two cells, 5 of 18 given, 13 to fill, one solution; all of "
+                      "the canvas must be right", "--pairs", (1, 2, 4, 6, 9, 13)),
+    "squares-pairs": in_pairs("6x6 Latin squares with one solution in tokens of two cells, 6 of 18 given, 12 to "
+                              "fill; all of the canvas must be right", "--pairs --no_boxes", (1, 2, 4, 6, 9, 12)),
     "rivals": rivals_on("sudoku"),
     "rivals-sums": rivals_on("sums-alike"),
     "rewards": replace(
