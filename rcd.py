@@ -5,9 +5,9 @@ distribution p_i for each masked position i, commits the few it is sure of, and 
 away. RCD (arXiv 2601.22954) keeps them: each becomes a soft embedding, mixed into the [MASK] embedding that
 the next step reads.
 
-    Delta_i = sum_j p_ij E_j                            (Eq. 1)  Residual; E (V, D) is the input embedding
-    e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  mix, at masked positions; elsewhere E[x_i]
-    alpha_i = H(p_i) / log V                            (Eq. 3)  WEIGHTS; the less sure, the more residual
+    Delta_i = sum_j p_ij E_j                            (Eq. 1)  in Residual; E (V, D): the input embedding
+    e_i     = (1 - alpha_i) E[MASK] + alpha_i Delta_i   (Eq. 2)  in mix, at masked positions; else E[x_i]
+    alpha_i = H(p_i) / log V                            (Eq. 3)  in WEIGHTS; the less sure, the more residual
 
 Training (Algorithm 1, diffusion_loss). Stage 1: a reference is fine-tuned with the plain masked loss and
 frozen. Stage 2: the target, from the same base, learns on e built from the reference's p (reference_context).
@@ -16,8 +16,8 @@ Sampling (Algorithm 2, denoise) feeds it its own p of the step before; trajector
 Four things are made to be replaced: a weight (WEIGHTS: p -> alpha), a carry (Residual: logits -> what the
 next step reads), a commit rule (RULES: which cells to fix now) and a Reader (canvas -> logits).
 
-Shapes: B batch, T canvas, b block, D width, V vocabulary, H heads, G key-value heads, K head width, S keys,
-W positions read, N masked cells, n some of B or N. Head, softmax, entropy and p.E run on the N cells only.
+Shapes: B batch, T canvas (prompt and masks), b block, D width, V vocabulary, H heads, G key-value heads, K
+head width, S keys, W positions read, N masked cells, n some of B or N. Only the N cells get logits and p.E.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ def tile(logits: Tensor) -> int:
     return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
 
 def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) of x (n, D or V), with n padded to a multiple of 64: a CPU library keeps a kernel per n."""
+    """product(x) of x (n, D or V), n padded to a multiple of 64: oneDNN builds and keeps a kernel per n."""
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
     return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
 
@@ -96,7 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values by position. Exact: a finished block sees no later one, so its keys are final. The open
     block is written at every step, and once more, free of masks, at the first step of the next."""
-    def __init__(self, c: Config, B: int, T: int, like: Tensor):  # of its dtype, on its device
+    def __init__(self, c: Config, B: int, T: int, like: Tensor):  # column T, index -1, takes the padding
         self.k, self.v = (like.new_zeros(c.n_layer, B, T + 1, c.n_kv_head, c.head_dim) for _ in range(2))
     def at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
         """The next forward writes positions (n, W), -1 = padding, of rows (n,) and sees keys [0, stop)."""
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_mask = attention_mask  # builds training masks; zoo/speed.py has another one for CUDA
-        table = torch.empty(config.vocab_size, config.d_model)  # filled by training or by a checkpoint
+        table = torch.empty(config.vocab_size, config.d_model)  # unset: init_weights or a checkpoint fills it
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         """hidden (N, D) -> logits (N, V): -inf for [MASK] and padding, which nothing may draw or carry."""
         z = padded(lambda x: F.linear(x, self.head), hidden)
         z[:, self.config.mask_id] = -math.inf
-        if self.config.real_vocab:  # a write to no column at all would copy the gradient, too
+        if self.config.real_vocab:  # even an empty write makes backward copy the gradient
             z[:, self.config.real_vocab :] = -math.inf
         return z
 
@@ -414,7 +414,7 @@ class Sampler:
     threshold: float = 0.85  # rule=threshold: commit every confidence above it, and at least the quota
     block_size: int = 0  # decode block by block; 0 = the model's own block, or the whole canvas
     carry: str = "residual"  # residual (RCD) | none (SeqD, the control: nothing is carried)
-    start: str = "cold"  # before a block: cold | warm (one pass of the reference) | self: zoo/decoding.py
+    start: str = "cold"  # before a block: cold | warm (one pass of the reference)
     temperature: float = 0.0  # of the draw; 0 = argmax. Confidence is always that of the untempered p
     starts = ("cold", "warm")  # no annotation: not a field
     def __post_init__(self):
@@ -430,7 +430,7 @@ class Sampler:
         """The readers of the passes before a block's first commit. Each leaves a residual to the next."""
         return [Reader(reference, read.tokens, read.lengths, read.b)] if self.start == "warm" else []
     def turns(self, at: Tensor, b: int, c: Config) -> tuple[Tensor, int]:
-        """at (B, T), offset from the first block -> turn (B, T); turns per block (1; sub-blocks: more)."""
+        """at (B, T), place behind the first block's begin -> turn (B, T) that fills it; turns per block."""
         return at // b, 1
     def draw(self, z: Tensor, generator: Generator | None) -> Tensor:
         """Tokens (n,) drawn from softmax(z / temperature), z (n, V): argmax p / Exp(1) is such a draw."""
@@ -456,7 +456,7 @@ class Reader:
         self.cache = KVCache(c, *tokens.shape, model.head) if cached or c.block_size else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, and at
-        its first step the block before, to replace the keys of its masks. Sets last_begin: once a forward."""
+        its first step the block before: its keys are still of masks. Sets last_begin: once a forward."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
@@ -479,11 +479,11 @@ class Reader:
         in_window = index.to(device), (cells[:, 1] - (stop[index] - width)).to(device)
         if alpha is not None:
             x = mix(x, in_window, alpha, delta, model.embedding[model.config.mask_id])  # Eq. 2
-        reach, mask = self.lengths[rows, None], None  # (n, 1): a query sees the keys [0, reach): its row ...
+        reach, mask = self.lengths[rows, None], None  # (n, 1): a query sees the keys [0, reach), here its row
         if model.config.block_size:
-            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)  # (n, W): to its block's end
+            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)  # (n, W): up to its block's end
         if not bool((reach == keys).all()):
-            mask = (torch.arange(keys, device=device) < reach.to(device)[..., None])[:, None]  # (n, 1, W, S)
+            mask = (torch.arange(keys, device=device) < reach.to(device)[..., None])[:, None]  # (n,1,W|1,S)
         if self.cache:
             written = positions.masked_fill(positions < oldest[:, None], -1)
             self.cache.at(rows.to(device), written.to(device), keys)
@@ -510,7 +510,7 @@ def plan(c: Config, canvas: Tensor, lengths: Tensor, s: Sampler) -> tuple[Tensor
     check(not (c.logit_shift and fill[:, 0].any()), "logit_shift: the first token of a canvas must be given")
     b = s.block_size or c.block_size or T
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) the first mask
-    first = first if s.block_size and not c.block_size else first // b * b  # LLaDA: blocks begin at it
+    first = first if s.block_size and not c.block_size else first // b * b  # LLaDA: blocks count from it
     turn, per_block = s.turns(column - first[:, None], b, c)
     turn = turn.masked_fill(~fill, -1)  # (B, T)
     turns = torch.arange(int(turn.max()) + 1)

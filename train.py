@@ -2,8 +2,8 @@
 
     base       the plain masked loss, from scratch. --init_from=MODEL takes the place of this stage.
     reference  stage 1: the plain masked loss again, from the base. Also SeqD, the control without a residual.
-    target     stage 2: from the base again, on as many tokens. It reads a residual: --recipe says whose. The
-               default is its own, of a step before; --recipe=paper is Algorithm 1, the reference's.
+    target     stage 2: from the base again, on as many tokens. It reads a residual: its own, of a step before
+               (with --weight=fixed --fixed=0.5), or by --recipe=paper, Algorithm 1, the reference's.
 
 Then a table: accuracy against forward passes, SeqD beside RCD. Each stage is a folder out/NAME/STAGE/ of
 safetensors and JSON. Ctrl-C saves. --resume goes on to the same weights, bit by bit: step i draws its batch,
@@ -88,7 +88,7 @@ class Train:
     base_steps: int = 0  # optimiser steps of the base
     steps: int = 0  # optimiser steps of the reference, and of the target
     batch_size: int = 0  # canvases per optimiser step
-    accumulate: int = 1  # pieces of a batch; they count by their tokens, on trajectories by their rows
+    accumulate: int = 1  # pieces of a batch; each weighs by its response tokens, on trajectories by its rows
     lr: float = 0.0  # peak learning rate
     schedule: str = "cosine"  # cosine (to a tenth) | constant, both after the warm-up
     warmup: float = 0.05  # share of the steps in which the rate rises linearly (the paper: 0.03, constant)
@@ -134,6 +134,24 @@ def checked(o: Train, shape: Shape, device: torch.device) -> dict:
     return PRESETS[o.preset]
 
 
+def residual_source(recipe: str, r: models.Run, model, reference, rows: list[int], sharded: bool):
+    """Where stage 2 gets its residual: a context of the loss, or trajectories. The base and stage 1 (recipe
+    "masked") have none. The default: implied() in zoo/tools/checks.py. rows: canvases in each piece."""
+    o, context = r.o, None
+    if recipe == "paper":  # Algorithm 1: from the reference, which reads the same x_t
+        context = reference_context(reference, r.residual)
+        context = distributed.gathered(context, reference) if sharded else context
+    elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
+        context = earlier_context(r.residual)
+    elif rivals.carries.on_trajectories(recipe):  # from the denoising step before, as in sampling
+        given = r.dataset.packed("train"), o.window, o.weighting == "1/t", rivals.carries.step_of(recipe)
+        return None, [SharedTrajectories(model.config, n, r.length, r.device, *given)
+                      for _ in range(o.buffer) for n in rows]  # fmt: skip
+    elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
+        context = rivals.carries.context_of(recipe, r.residual)
+    return (sometimes_absent(context, o.absent) if context and o.absent else context), []
+
+
 def train_stage(stage: str, r: models.Run) -> None:
     """Train a stage to its end, in out/<name>/<stage>. Raises KeyboardInterrupt after Ctrl-C, all saved."""
     o, dataset, length, device, dtype = r.o, r.dataset, r.length, r.device, r.dtype
@@ -152,24 +170,8 @@ def train_stage(stage: str, r: models.Run) -> None:
         speed.remat(model)
     if o.compile:
         model.compile()
-
-    # Where stage 2 gets its residual. The base and stage 1 have none.
-    context, trajectories = None, []
     rows = [o.batch_size // o.accumulate + (i < o.batch_size % o.accumulate) for i in range(o.accumulate)]
-    if recipe == "paper":  # Algorithm 1: from the reference, which reads the same x_t
-        context = reference_context(reference, r.residual)
-        context = distributed.gathered(context, reference) if sharded else context
-    elif recipe == "earlier":  # from the model itself, which reads an earlier state of the canvas
-        context = earlier_context(r.residual)
-    elif rivals.carries.on_trajectories(recipe):  # from the denoising step before, as in sampling
-        given = dataset.packed("train"), o.window, weighting == "1/t", rivals.carries.step_of(recipe)
-        trajectories = [SharedTrajectories(model.config, n, length, device, *given)
-                        for _ in range(o.buffer) for n in rows]  # fmt: skip
-    elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
-        context = rivals.carries.context_of(recipe, r.residual)
-    if context and o.absent:
-        context = sometimes_absent(context, o.absent)
-
+    context, trajectories = residual_source(recipe, r, model, reference, rows, sharded)
     draw, draw_val = batches(dataset, "train", length), batches(dataset, "val", length)
 
     def turn(step: int) -> list[SharedTrajectories]:
@@ -201,7 +203,7 @@ def train_stage(stage: str, r: models.Run) -> None:
             yield loss * (count / whole)  # each token counts alike
 
     # What is saved and logged.
-    once(lambda: training.open_folder(folder, dataset.tokenizer))
+    once(lambda: training.open_folder(folder, dataset.tokenizer, o, STAGES))
     meta = models.record(stage, recipe, r, origin)
     frozen = checks.frozen(meta["options"], dtype)
     state = State(model, o, trajectories, moments=getattr(torch, o.adam))

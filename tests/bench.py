@@ -364,7 +364,7 @@ def scale(o: Bench) -> Iterator[Row]:
 
     logits = model.logits(torch.randn(63, c.d_model).to(DTYPE))  # (63, V), the cells of a second step
     steps = [partial(second_step, model, 64, *how) for how in (("residual",), ("none",), ("residual", 128))]
-    sure = logits * (10 / logits[:, : c.mask_id].float().std())  # 256 tokens hold 0.999; of the others, none do
+    sure = logits * (10 / logits[:, : c.mask_id].float().std())  # 256 tokens hold 0.999 of each p
     shares = [p.float().softmax(-1).topk(256).values.sum(-1) for p in (sure, logits)]
     assert shares[0].min() > 0.999 > shares[1].max()
     sides = (Carry(), logits), (Carry(residual_top_k=128), logits), (BY_MASS, sure), (BY_MASS, logits)

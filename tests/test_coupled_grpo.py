@@ -12,6 +12,7 @@ import zoo
 from data.sudoku import prepare
 from rcd import Residual
 from zoo import files
+from zoo.card import card
 from zoo.recipes import earlier_context
 from zoo.rivals import carries
 from zoo.rivals.coupled_grpo import __main__ as command
@@ -145,6 +146,9 @@ def test_the_command_trains_a_run_that_loads(puzzles, start, more, tmp_path, mon
     command.main()
     loaded, origin = zoo.load(f"grpo/{start}"), zoo.load(f"sudoku/{start}")
     assert loaded.model.config == origin.model.config and loaded.meta["grpo"]["group"] == 3
+    assert (loaded.meta["step"], loaded.meta["tokens"], loaded.meta["val_loss"]) == (2, None, None)
+    told = card(loaded.folder, "you/name", "mit")
+    assert "| training | 2 steps on rewards |" in told and "| validation bound | not measured |" in told
     weights = (load_file(x.folder / "model.safetensors") for x in (loaded, origin))
     assert any(not torch.equal(a, b) for a, b in zip(*(dict(sorted(w.items())).values() for w in weights)))
     assert "2 steps; mean reward" in capsys.readouterr().out

@@ -73,8 +73,8 @@ def cells(dataset, split):
     if not dataset.meta.get("pairs"):
         yield from canvases(dataset, split)
         return
-    two = {character: a + b for character, (a, b) in zip(
-        "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", itertools.product("123456", repeat=2))} | {"_": "__"}  # fmt: skip
+    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    two = dict(zip(names, map("".join, itertools.product("123456", repeat=2)))) | {"_": "__"}
     for texts in canvases(dataset, split):
         yield tuple("".join(two[character] for character in text) for text in texts)
 

@@ -268,7 +268,8 @@ def test_download_command(hub, tmp_path):
 def test_push_and_load_again(hub, tmp_path):
     folder = folder_of(tmp_path / "mine")
     (folder / "README.md").write_text("# my model\n")
-    for secret in ("state.safetensors", "log.jsonl", "notes.txt", "optimizer.pt"):
+    states = "state.safetensors", "state.before.safetensors", "not-finite.safetensors"
+    for secret in (*states, "log.jsonl", "notes.txt", "optimizer.pt"):
         (folder / secret).write_bytes(b"private")
     (folder / ".cache").mkdir()
     (folder / ".cache/config.json").write_text("{}")
@@ -299,6 +300,15 @@ def test_push_refuses_what_is_no_model(hub, tmp_path):
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(OSError, match="cannot upload .* to bad//name"):
         push_to_hub(folder, "bad//name")
+
+
+def test_info_of_an_unknown_id_downloads_no_weights(hub, tmp_path, capsys):
+    publish(hub, "JetLM/SDAR-tiny", folder_of(tmp_path / "mine"))
+    main(["info", "JetLM/SDAR-tiny"])
+    assert "sampler" in capsys.readouterr().out
+    assert {path.name for path in zoo.find("JetLM/SDAR-tiny", weights=False).iterdir()} == {
+        "config.json", "tokenizer.json"}  # fmt: skip
+    assert (zoo.find("JetLM/SDAR-tiny") / "model.safetensors").is_file()
 
 
 def test_info_of_an_unknown_name_is_one_line(hub, capsys):

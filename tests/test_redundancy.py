@@ -81,8 +81,12 @@ def test_train_learns_from_them(sudoku, monkeypatch):
     (["--items=0"], "items=0, batch=250: at least 1 each"),
     (["--out=puzzles"], "--out=puzzles is the data set that is read"),
     (["--data=nothing"], "no data set 'nothing'"),
+    (["--data=letters"], "data set sudoku is not in the tokens of sudoku/reference"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(sudoku, monkeypatch, capsys, options, message):
+    if options == ["--data=letters"]:
+        prepare.main(["--out=letters", "--pairs", "--train=8", "--val=4", "--test=4"])
+        capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["redundancy", "--data=puzzles", *options])
     with pytest.raises(SystemExit):
         command.run(answering.main)

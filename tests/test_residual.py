@@ -1,5 +1,6 @@
 """Equations 1 to 3 against numbers worked out by hand and against plain Python loops."""
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ E = torch.tensor([[4.0, 0.0], [0.0, 8.0], [-4.0, 4.0], [1.0, -1.0]])
 # p = (1/2, 1/4, 1/4, 0):  H = 1/2 ln 2 + 2 * 1/4 ln 4 = 3/2 ln 2,  ln V = 2 ln 2,  alpha = 3/4
 #                          Delta = (2, 0) + (0, 2) + (-1, 1) = (1, 3)
 #                          e = 1/4 (1, -1) + 3/4 (1, 3) = (1, 2)
+FEWER = {}, {"residual_top_k": 2}, {"residual_epsilon": 0.3}
 HALVES = torch.tensor([[math.log(2), 0.0, 0.0, -INF]])
 
 
@@ -310,8 +312,7 @@ def test_half_precision_tables_and_logits():
     torch.testing.assert_close(e[0].float(), expected, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("few", [{}, {"residual_top_k": 2}, {"residual_epsilon": 0.3}])
-@pytest.mark.parametrize("weight", [*WEIGHTS, "top-1"])
+@pytest.mark.parametrize("weight, few", [*itertools.product(WEIGHTS, FEWER), ("top-1", {})])
 def test_a_gradient_flows_through_delta_alone_and_only_if_asked_for(weight, few):
     logits, table = torch.randn(3, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     alpha, delta = Carry(weight, **few)(logits, table)
@@ -355,7 +356,9 @@ def test_gradient_of_the_mix():
     (dict(weight="entropie"), "weight='entropie': choose from entropy, confidence"),
     (dict(t_res=0), "t_res=0"), (dict(t_res=-1.0), "t_res=-1.0"), (dict(t_res=math.nan), "t_res=nan"),
     (dict(t_res=INF), "t_res=inf"), (dict(residual_top_k=-1), "residual_top_k=-1"),
-    (dict(residual_epsilon=1.0), "residual_epsilon=1.0"), (dict(residual_epsilon=math.nan), "residual_epsilon=nan"),
+    (dict(residual_epsilon=1.0), "residual_epsilon=1.0"),
+    (dict(residual_epsilon=math.nan), "residual_epsilon=nan"),
+    (dict(weight="top-1", residual_top_k=3), "weight=top-1 brings its own Delta"),
     (dict(residual_top_k=3, residual_epsilon=0.1), "choose one of residual_top_k and residual_epsilon"),
     (dict(fixed=-0.1), "fixed=-0.1"), (dict(fixed=1.1), "fixed=1.1"), (dict(fixed=math.nan), "fixed=nan"),
 ])  # fmt: skip

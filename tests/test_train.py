@@ -937,6 +937,16 @@ def test_a_run_is_not_overwritten_by_accident(run):
     assert any(not torch.equal(before[k], v) for k, v in weights(Path("out/kept/base")).items())
 
 
+def test_what_is_overwritten_is_resumed_in_full(run, monkeypatch):
+    """After Ctrl-C in the new base, --resume goes on with it, and trains the later stages anew."""
+    run("--name=old"), run("--name=new", "--seed=5")
+    stopped(run, monkeypatch, signal.SIGINT, 3, "--name=old", "--overwrite", "--seed=5")
+    run("--name=old", "--resume", "--seed=5")
+    for stage in train.STAGES:
+        old, new = weights(Path("out/old") / stage), weights(Path("out/new") / stage)
+        assert all(torch.equal(old[k], v) for k, v in new.items())
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(run):
     with pytest.raises(ValueError, match="the (loss|gradient) became .* lower --lr"):
         run("--name=nan", "--stage=base", "--lr=1e30", "--clip=0", "--base_steps=8")

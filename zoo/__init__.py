@@ -28,8 +28,9 @@ def names() -> dict[str, Path]:
     return found
 
 
-def find(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model; one that is only on the hub is downloaded. FileNotFoundError: there is none."""
+def find(name: str | Path, weights: bool = True) -> Path:
+    """The folder of a model; one that is only on the hub is downloaded, if need be without its weights.
+    FileNotFoundError: there is none."""
     if Path(name).is_dir():
         return Path(name)
     for root in (Path("out"), SHIPPED):
@@ -39,10 +40,10 @@ def find(name: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
         known = "give a folder, a run, or a hub id (owner/name)"
         raise FileNotFoundError(f"no model {str(name)!r}: {known}; {there}")
-    from zoo.hub import download
+    from zoo.hub import FACTS, WANTED, download
 
     try:
-        return download(str(name), revision)
+        return download(str(name), wanted=WANTED if weights else FACTS)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {there}") from None
 

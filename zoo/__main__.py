@@ -68,7 +68,7 @@ def describe(folder: Path) -> None:
 
 
 def info(name: str) -> None:
-    """What is known about a name; nothing is downloaded but, for an unknown hub id, its JSON."""
+    """What is known about a name. Of an unknown hub id all but the weights is downloaded."""
     from zoo.families import FAMILIES
 
     for f in FAMILIES:
@@ -77,11 +77,12 @@ def info(name: str) -> None:
             print(f"{name}: {f.name}, {parameters} parameters, block {block}, mask id {mask}")
             print((sys.modules[f.plan.__module__].__doc__ or "").strip())
             return
-    describe(zoo.find(name))
+    describe(zoo.find(name, weights=False))
 
 
 def check(folder: Path) -> None:
-    """Verify a folder from its JSON and the headers of its files; only one-dimensional tensors are read."""
+    """Verify a folder from its JSON and the headers of its files; only one-dimensional tensors are read. A
+    run of this project is loaded."""
     from zoo import checkpoint, tokenizer
 
     describe(folder)
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     fetch = commands.add_parser("download", help="fetch a model from the Hugging Face hub into its cache")
     fetch.add_argument("name")
     fetch.add_argument("--revision", help="branch, tag or commit [main]")
-    about = "verify a folder, or a model on this machine, without loading it"
+    about = "verify a folder, or a model on this machine; a pretrained one is not loaded for it"
     verify = commands.add_parser("check", help=about)
     verify.add_argument("folder")
     about = "write a model card and upload a folder, or a model on this machine, to the hub"

@@ -37,7 +37,8 @@ def card(folder: Path, repo: str, licence: str) -> str:
         own = "a card is written from the record of a run of train.py; write README.md yourself"
         raise FileNotFoundError(f"{folder} has no train.json: {own}")
     meta = read_json(folder / "train.json")
-    run, stage = meta.get("options", {}), meta.get("stage", "")
+    run, stage, tokens, bound = (meta.get(k) for k in ("options", "stage", "tokens", "val_loss"))
+    run, stage = run or {}, stage or ""
     origin = run.get("init_from") or ""
     facts = {
         "stage": f"{stage}: {STAGES.get(stage, 'unknown')}",
@@ -45,8 +46,8 @@ def card(folder: Path, repo: str, licence: str) -> str:
         "data": meta.get("data"), "recipe": meta.get("recipe"),
         "residual": options(meta.get("residual") or {}), "sampler": options(meta.get("sampler") or {}),
         "length": f"{meta.get('length')} tokens", "seed": meta.get("seed"),
-        "training": f"{meta.get('step')} steps, {meta.get('tokens', 0):,} tokens",
-        "validation bound": f"{meta.get('val_loss')} nats per response token",
+        "training": f"{meta.get('step')} steps" + (f", {tokens:,} tokens" if tokens else " on rewards"),
+        "validation bound": "not measured" if bound is None else f"{bound} nats per response token",
         "made with": f"torch {meta.get('torch')}, {meta.get('dtype')} on {meta.get('device')}",
     }  # fmt: skip
     head = [f"license: {licence}", "library_name: rcd", "pipeline_tag: text-generation"]

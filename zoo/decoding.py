@@ -92,7 +92,7 @@ class Decoding(Sampler):
     cache: str = "exact"  # keys and values of a bidirectional model: exact (none kept) | prefix | dual
     # (approximate: Fast-dLLM)
     fixed_shapes: bool = False  # forwards in a few shapes, for CUDA graphs
-    guidance: float = 0.0  # classifier-free guidance w (LLaDA): u + (w + 1)(c - u), where u does not see the
+    guidance: float = 0.0  # classifier-free guidance w (LLaDA): u + (w + 1)(z - u), where u does not see the
     # prompt; doubles the NFE
 
     starts = ("cold", "warm", "self", "dirichlet")  # no annotation: not a field
@@ -187,7 +187,8 @@ class Carry(Residual):
         check(0 <= epsilon < 1, f"residual_epsilon={epsilon} must lie in [0, 1)")
         check(not (self.residual_top_k and epsilon), "choose one of residual_top_k and residual_epsilon")
         own = self.weight in CARRIES and (self.residual_top_k or epsilon)
-        check(not own, f"weight={self.weight} brings its own Delta: residual_top_k and residual_epsilon must be 0")
+        unread = "residual_top_k and residual_epsilon must be 0"
+        check(not own, f"weight={self.weight} brings its own Delta: {unread}")
 
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if not self.temper_delta:

@@ -20,7 +20,7 @@ from rcd import SwiGLU
 
 
 class Router(nn.Module):
-    """W (E, D), and with a bias (E,) the grouped sigmoid router."""
+    """W (X, D), X experts, and with a bias (X,) the grouped sigmoid router."""
 
     def __init__(self, d_model: int, n_experts: int, biased: bool):
         super().__init__()

@@ -5,15 +5,17 @@ HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as everywhere. Code, pick
 repository are never fetched.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.files import read_json
 from zoo.progress import download_bars
 
-WANTED = ["*.safetensors", "*.json", "merges.txt", "*.tiktoken", "*.jinja", "LICENSE*"]
+FACTS = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]  # of a model and its tokenizer, without weights
+WANTED = ["*.safetensors", *FACTS, "LICENSE*"]
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The folder of a hub id, or id@revision, in the hub's cache. Raises FileNotFoundError in one line."""
     from huggingface_hub import snapshot_download
 
@@ -22,7 +24,7 @@ def download(name: str, revision: str | None = None) -> Path:
         raise ValueError(f"two revisions of {repo}: {pinned} and {revision}")
     revision = revision or pinned or None
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=["*/*"],
+        folder = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"],
                                    tqdm_class=download_bars())  # fmt: skip
     except Exception as error:  # of the network, the hub, its client or the disk: many kinds
         what = f"{name} at revision {revision}" if revision else name
@@ -51,7 +53,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True,
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[*WANTED, "README.md"],
                                    commit_message=message,
-                                   ignore_patterns=["*/*", "state.safetensors"])  # fmt: skip
+                                   ignore_patterns=["*/*", "state*", "not-finite*"])  # fmt: skip
     except Exception as error:  # as above
         raise OSError(f"cannot upload {folder} to {repo_id}: {one_line(error)}") from None
     return str(commit.commit_url)

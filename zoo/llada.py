@@ -38,7 +38,7 @@ PLAIN_TEXT = "its chat template is not known here: plain text"
 
 
 class Guided:
-    """Classifier-free guidance: logits = u + (w + 1)(c - u); u is read with the prompt masked. Two passes."""
+    """Classifier-free guidance: logits = u + (w + 1)(z - u); u is read with the prompt masked. Two passes."""
 
     passes = 2
 
@@ -46,10 +46,10 @@ class Guided:
         self.read, self.unguided, self.prompt, self.w = read, unguided, prompt, w  # prompt (B, T) bool
         self.model, self.tokens, self.lengths, self.b = read.model, read.tokens, read.lengths, read.b
 
-    def __call__(self, *where: Tensor) -> Tensor:
+    def __call__(self, *block: Tensor) -> Tensor:
         """As Reader: logits (N, V)."""
         self.unguided.tokens = self.tokens.masked_fill(self.prompt, self.model.config.mask_id)
-        z, u = self.read(*where), self.unguided(*where)
+        z, u = self.read(*block), self.unguided(*block)
         return (u + (self.w + 1) * (z - u)).masked_fill(z == -math.inf, -math.inf)
 
 

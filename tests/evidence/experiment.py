@@ -326,8 +326,9 @@ def in_pairs(about: str, prepare: str, steps: tuple[int, ...]) -> Experiment:
 EXPERIMENTS |= {
     "pairs": in_pairs("6x6 Sudoku in tokens of two cells, 5 of 18 given, 13 to fill, one solution; all of "
                       "the canvas must be right", "--pairs", (1, 2, 4, 6, 9, 13)),
-    "squares-pairs": in_pairs("6x6 Latin squares with one solution in tokens of two cells, 6 of 18 given, 12 to "
-                              "fill; all of the canvas must be right", "--pairs --no_boxes", (1, 2, 4, 6, 9, 12)),
+    "squares-pairs": in_pairs("6x6 Latin squares with one solution in tokens of two cells, 6 of 18 given, 12 "
+                              "to fill; all of the canvas must be right", "--pairs --no_boxes",
+                              (1, 2, 4, 6, 9, 12)),
     "rivals": rivals_on("sudoku"),
     "rivals-sums": rivals_on("sums-alike"),
     "rewards": replace(

@@ -21,6 +21,7 @@
 | `scmdm`, self-conditioned | ../../rcd.py | own p.E at the same noise level, half of the rows | SCMDM |
 | `trajectory`, as PUMBA trains | ../recipes.py | own steps, gradient through --window | Apple, 2026 |
 
+Numbers are the papers': the rules read --threshold, --factor and so on.
 A trained carry is part of the model (carries.py): every Decoding of it uses it. It can also be trained as RCD
 is by default, on own trajectories: `--recipe=NAME-trajectory`; `loop-trajectory` is RCD with looped layers.
 Where a paper is read with a liberty, its file says so. R2-dLLM's fine-tuning, in kind, is redundancy/. Not

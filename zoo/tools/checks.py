@@ -5,6 +5,7 @@
 
 import errno
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
@@ -214,6 +215,12 @@ def states(folder: Path) -> list[Path]:
     """What a stage can be resumed from, the newest first."""
     found = [folder / n for n in (STATE, SHARDS, BEFORE, SHARDS_BEFORE) if (folder / n).exists()]
     return sorted(found, key=lambda path: ("before" in path.name, -path.stat().st_mtime))
+
+
+def remove_states(folder: Path) -> None:
+    """A stage has ended: nothing resumes it any more."""
+    for path in states(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_folder(root: Path, stages: list[str], o) -> None:

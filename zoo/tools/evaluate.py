@@ -95,8 +95,8 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
              seed: int = 0) -> list[dict]:  # fmt: skip
     """Fill the first `limit` canvases of a split of a data.Dataset under every setting, `batch` at once.
 
-    Returns a dict per setting: label, rule, value (steps or threshold), accuracy (by the data set's own
-    check), nfe (forward passes of a canvas, mean), tokens_per_step, correct (a bool per canvas) and seconds.
+    Returns a dict per setting: label, rule, value (steps, or the field in SWEPT), accuracy (by the data set's
+    own check), nfe (forward passes of a canvas, mean), tokens_per_step, correct (a bool per canvas), seconds.
     Several processes share the canvases, and each returns the whole result. Raises ValueError for a data set
     without right answers.
     """
@@ -138,8 +138,8 @@ def evaluate(settings: list[Setting], dataset, split: str, limit: int, batch: in
 def sweep(seqd: Transformer | None, target: Transformer, reference: Transformer | None, sampler: Decoding,
           residual: Residual, tokens: float, steps: list[int] | None = None,
           thresholds: list[float] | None = None, blocks: int | None = None) -> list[Setting]:  # fmt: skip
-    """The settings of a table: SeqD (None leaves it out), RCD from a cold start and, with a reference, warm;
-    or in place of RCD a model with a carry of its own, which knows no warm start.
+    """The settings of a table: SeqD (None leaves it out), RCD from a cold start and from the sampler's own;
+    with a reference also warm. Or in place of RCD a model with a carry of its own, which knows no warm start.
 
     Each over step budgets and over thresholds, or over the rule's values in SWEPT. Default budgets: 1, 2, 4,
     and those that fill 8, 5, 3, 2 or 1 of the `tokens` of a canvas per step. None is below `blocks`, the most

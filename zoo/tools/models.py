@@ -5,7 +5,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from zoo.recipes import init_weights
 from zoo.rivals import carries
 from zoo.tools import distributed
 from zoo.tools.budget import available, cards, memory, plan, report_memory, shape_of, size
-from zoo.tools.checks import command, states
+from zoo.tools.checks import command, remove_states
 from zoo.tools.evaluate import evaluate, sweep, table
 
 # ---- Models
@@ -247,8 +246,7 @@ def save_stage(model: Transformer, origin: zoo.Loaded | None, folder: Path, meta
     else:
         defaults = origin.defaults | {"carry": "residual" if meta["stage"] == "target" else "none"}
         zoo.save(origin._replace(model=model, defaults=defaults, meta=meta), folder)
-    for path in states(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_states(folder)
 
 
 def final_table(r: Run) -> None:
@@ -263,7 +261,7 @@ def final_table(r: Run) -> None:
     seqd, reference = (zoo.load(name, device).model if name else None for name in names)
     seqd = seqd if seqd and seqd.config == target.config else None  # a smaller model is no control
     warm = reference if o.recipe == "paper" else None  # others never learned to read a reference's residual
-    start = "self" if carries.on_trajectories(o.recipe) else "cold"  # the second start that it has learned
+    start = "self" if carries.on_trajectories(o.recipe) else "cold"  # a further row
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     length = dataset.meta["length"]
     settings = sweep(seqd, target, warm, Decoding(start=start), r.residual, tokens,

@@ -115,6 +115,7 @@ def main() -> None:
     first, final = (sum(part) / len(part) for part in (rewarded[:10], rewarded[-10:]))
     command = shlex.join(["python", "-m", "zoo.rivals.coupled_grpo", *sys.argv[1:]])
     meta = loaded.meta | {"stage": stage, "data": dataset.name, "command": command, "grpo": vars(o)}
+    meta |= {"step": done, "tokens": None, "val_loss": None}
     zoo.save(loaded._replace(model=model, meta=meta), folder)
     print(f"{done} steps; mean reward of the first ten {first:.1%}, of the last ten {final:.1%} -> {folder}")
 

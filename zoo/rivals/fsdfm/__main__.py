@@ -114,7 +114,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
     frozen = checks.frozen(asdict(o) | asdict(shape), dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.json").unlink(missing_ok=True)  # it marks the end of a stage
-    if o.resume and (folder / "state.safetensors").is_file():
+    if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {o.steps} steps")
 
@@ -159,7 +159,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
             "options": asdict(o) | asdict(shape)}  # fmt: skip
     text = json.dumps(meta, indent=1) + "\n"
     write_atomic(folder / "train.json", lambda file: file.write_text(text))
-    (folder / "state.safetensors").unlink(missing_ok=True)
+    checks.remove_states(folder)
 
 
 def train(argv: list[str]) -> None:

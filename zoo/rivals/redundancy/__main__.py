@@ -5,7 +5,7 @@ train.py --weighting=complementary trains on it, as the package says.
 
 Examples:
   python -m zoo.rivals.redundancy           answers of the shipped SeqD model to Sudoku
-  python train.py --data=out/redundancy --stage=reference --weighting=complementary \\
+  python train.py --data=out/redundancy --name=redundancy --stage=reference --weighting=complementary \\
                   --init_from=sudoku/reference
 """
 
@@ -28,6 +28,7 @@ from rcd import check
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
+from zoo.tools import checks
 from zoo.tools.command import arguments, pick_device, run
 from zoo.tools.evaluate import Setting
 from zoo.tools.volume import fill
@@ -59,6 +60,7 @@ def main() -> None:
     loaded, dataset, out = zoo.load(o.model, device), data.load(o.data), Path(o.out)
     examples = dataset.response("train") is not None and not dataset.packed("train")
     check(examples, f"--data={o.data}: the answers need canvases of examples, one to a row")
+    checks.check_tokens(dataset, o.model, "")
     check(out.resolve() != dataset.folder.resolve(), f"--out={o.out} is the data set that is read")
     with claimed(out):
         print(f"{reason}\n{loaded.folder} answers {dataset.folder}")
@@ -89,7 +91,8 @@ def main() -> None:
         write_atomic(out / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=2) + "\n"))
     told = f"{scores.mean():.3f} passes per token, {scores[kept].mean():.3f} of those kept"
     print(f"{len(kept):,} of {len(scores):,} answers -> {out} ({told})")
-    trained = f"--data={out} --stage=reference --init_from={o.model} --weighting=complementary"
+    trained = (f"--data={out} --name=redundancy --stage=reference --init_from={o.model} "
+               "--weighting=complementary")  # fmt: skip
     print(f"try: python train.py {trained}")
 
 
