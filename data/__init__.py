@@ -68,8 +68,10 @@ class Dataset:
 
     def text(self, ids, mask: str = "_") -> str:
         """The canvas (L,) as one string, as `check` takes it."""
-        names = {i: name for name, i in self.tokenizer.specials.items()}
-        return self.tokenizer.decode([int(i) for i in ids]).replace(names[self.mask_id], mask)
+        runs = [[]]  # of tokens between masks; a plain model's mask is no token of its tokenizer
+        for i in map(int, ids):
+            runs.append([]) if i == self.mask_id else runs[-1].append(i)
+        return mask.join(map(self.tokenizer.decode, runs))
 
     def show(self, ids, mask: str = "_") -> str:
         """The canvas (L,) for a reader: laid out by the task, without the <eos> padding at its end."""

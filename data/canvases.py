@@ -147,7 +147,8 @@ class Puzzles(data.Dataset):
                 raise ValueError(f"{path}, line {number}: {error}") from None
             rows += [pair] if pair else []
             fits = len(pair) == 2 and len({len(ids) for ids in (*pair, *rows[0])}) == 1
-            if pair and not (fits and all(s != mask and g in (mask, s) for g, s in zip(*pair))):
+            fits = fits and mask in pair[0] and all(s != mask and g in (mask, s) for g, s in zip(*pair))
+            if pair and not fits:
                 wanted = "a canvas with _ for the cells to fill, a space, and its solution"
                 raise ValueError(f"{path}, line {number}: expected {wanted}")
         pairs = np.array(rows).transpose(1, 0, 2)

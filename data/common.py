@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -173,11 +174,15 @@ def tokenizer_of(name: str, size: int) -> tuple[Tokenizer, int, int]:
             if config.is_file():
                 eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
             eos = eos["content"] if isinstance(eos, dict) else eos
-            mask = next((special for special in tokenizer.specials if "mask" in special.lower()), None)
-            if mask is None or eos not in tokenizer.specials:
+            masks = [i for s, i in tokenizer.specials.items() if re.search("(?<!g)mask", s.lower())]
+            if not masks and Path(name, "config.json").is_file():  # a plain model: a row that no token uses
+                from zoo.checkpoint import plan_for  # imports torch
+
+                masks = [plan_for(Path(name), tokenizer).config.mask_id]
+            if not masks or eos not in tokenizer.specials:
                 lacks = "has no mask or no end token of its own: pass --vocab_size to add them"
                 raise ValueError(f"the tokenizer in {name} {lacks}")
-            return tokenizer, tokenizer.specials[mask], tokenizer.specials[eos]
+            return tokenizer, masks[0], tokenizer.specials[eos]
         if not isinstance(tokenizer, tokenizers.BPETokenizer):
             raise ValueError(f"the tokenizer in {name} is not a BPE: leave --vocab_size away")
     elif name == "bytes":
@@ -392,7 +397,7 @@ def write_dataset(folder: Path, name: str, tokenizer: Tokenizer, splits: dict[st
     tokenizer.save(folder)
     meta = {
         "name": name, "kind": "examples" if examples else "stream",
-        "length": tokens.shape[1] if examples else None, "vocab_size": tokenizer.vocab_size,
+        "length": tokens.shape[1] if examples else None, "vocab_size": max(tokenizer.vocab_size, mask_id + 1),
         "mask_id": mask_id, "eos_id": eos_id, "tokenizer": tokenizer.fingerprint, "splits": counts,
         "source": source, "licence": licence,
         "command": shlex.join(["python", f"data/{name}/prepare.py", *argv]), **facts, "format": FORMAT,

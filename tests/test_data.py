@@ -18,6 +18,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_files import SHARED, needed
+from tiny_checkpoints import qwen3, write
 from tiktoken_ext import openai_public
 
 import data
@@ -575,6 +576,26 @@ def test_hub_tokenizer(tmp_path, argv, size, mask, eos, dtype, length):
     assert dataset.meta["vocab_size"] == size and dataset.meta["length"] == length
     assert dataset.tokens("train").dtype == dtype
     assert len(dataset.tokenizer.encode("pens")) == (2 if argv else 1), "--vocab_size keeps two of the merges"
+
+
+def test_a_plain_model_brings_an_unused_row_as_its_mask(tmp_path):
+    """Qwen and Llama have no mask token: the row that zoo/plain.py chooses, beyond the tokenizer's ids."""
+    problems = write_gsm8k(tmp_path / "in")
+    folder = write(tmp_path / "hub", qwen3(), mask_token_id=...)
+    tokenizers.bytes_tokenizer(["<eos>"]).save(folder)
+    gsm8k.main(["--source", str(tmp_path / "in"), "--tokenizer", str(folder), "--out", str(tmp_path / "out")])
+    dataset = data.load(tmp_path / "out")
+    assert (dataset.mask_id, dataset.meta["vocab_size"]) == (257, 258)
+    assert_holds(dataset, problems, "test")
+    ids, response = dataset.tokens("test")[0], dataset.response("test")[0]
+    shown = dataset.show(np.where(response, dataset.mask_id, ids))
+    assert shown.endswith("_" * int(response.sum())) and dataset.correct(ids, ids, response)
+
+
+def test_gmask_is_no_mask(tmp_path):
+    """LLaDA 2 has [gMASK] before its mask."""
+    tokenizers.bytes_tokenizer(["<eos>", "[gMASK]", "<|mask|>"]).save(tmp_path)
+    assert common.tokenizer_of(str(tmp_path), 0)[1:] == (258, 256)
 
 
 def little_gpt2():

@@ -505,6 +505,12 @@ def test_train_resume_and_sample(text, tmp_path, monkeypatch, capsys):
         call(monkeypatch, tmp_path, *argv, "--overwrite")
     call(monkeypatch, tmp_path, *argv, "--name=free", "--clip=0", "--stage=dfm")
     assert load_file(tmp_path / "out/free/dfm/model.safetensors")["head.weight"].abs().max() > 0
+    calls.clear()  # a new flow model, interrupted: the old student is no student of it
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, tmp_path, *argv, "--name=cut", "--overwrite", "--seed=1")
+    monkeypatch.setattr(training, "learning_rate", learning_rate)
+    call(monkeypatch, tmp_path, *argv, "--name=cut", "--resume", "--seed=1")
+    assert json.loads((tmp_path / "out/cut/few/train.json").read_text())["options"]["seed"] == 1
     capsys.readouterr()
     call(monkeypatch, tmp_path, "sample", "--steps=1,4", "--count=2", "--prompt=to be", "--device=cpu")
     shown = capsys.readouterr().out.split("---- ")[1:]

@@ -15,6 +15,7 @@ import zoo
 from data.sudoku import prepare
 from rcd import denoise
 from zoo.decoding import Decoding
+from zoo.tokenizer import CharTokenizer
 from zoo.rivals.redundancy import __main__ as answering
 from zoo.tools import budget, command, training
 
@@ -60,6 +61,14 @@ def test_the_answers_of_fewest_passes_are_kept(sudoku, monkeypatch, capsys):
     assert own.meta["splits"] == {"train": 4, "val": 8, "test": 8}
     mean = sum(scores) / 16
     assert f"4 of 16 answers -> out/redundancy ({mean:.3f} passes per token" in capsys.readouterr().out
+
+
+def test_the_files_of_a_hub_tokenizer_are_kept(sudoku, monkeypatch):
+    """Such as merges.txt, without which vocab.json is no tokenizer."""
+    Path("more.txt").write_text("of the tokenizer")
+    monkeypatch.setattr(CharTokenizer, "originals", (Path("more.txt"),))
+    make(monkeypatch, "--items=4", "--keep=1")
+    assert Path("out/redundancy/more.txt").is_file()
 
 
 def test_train_learns_from_them(sudoku, monkeypatch):

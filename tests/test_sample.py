@@ -552,6 +552,16 @@ def test_eval_table_is_a_recount(cli, runs, tmp_path):
     assert next(row for row in rows if row[:2] == ["SeqD", "static, 4 steps"])[2].startswith("75.0% (")
 
 
+@pytest.mark.parametrize("line", ["{0}", "{0} {0} {0}", "{1} {1}", "{1} {0}", "{0} {0}", "7{0} {1}"])
+def test_a_line_that_is_no_puzzle_is_named(cli, tmp_path, line):
+    """One without a cell to fill, too: no step would be taken."""
+    file = tmp_path / "p.txt"
+    full = "123456" * 6
+    file.write_text(f"_{full[1:]} {full}\n" + line.format("_" + full[1:], full))
+    code, _, told = cli("--model=grid/target", f"--eval={file}")
+    assert code == 2 and "p.txt, line 2: " in told.splitlines()[-1]
+
+
 def test_intervals_are_bootstrap_intervals():
     """Against resampling the items one by one."""
     for correct in ([True] * 60 + [False] * 40, [True] * 3 + [False] * 197, [False] * 50):

@@ -803,7 +803,7 @@ def test_advice_when_memory_is_short(capsys):
         assert told(have, **options)[1] == f"{warning}{advice}\n"
 
 
-def test_a_plan_by_hand(run, capsys):
+def test_a_plan_by_hand(run, capsys, monkeypatch):
     """A card of 10 GiB, of which 9 are counted, 4 canvases in one process."""
 
     def need(rows: int, remat: bool, shards: int, rank: int, offload: bool) -> dict[str, int]:
@@ -822,7 +822,12 @@ def test_a_plan_by_hand(run, capsys):
         "  fits         8.00 GiB  --shard=none --lora=16 --remat",
     ]
     run("--name=x", "--plan=H100:2")
-    assert "fits" in capsys.readouterr().out and not Path("out").exists()
+    told = capsys.readouterr().out
+    assert "fits" in told and not Path("out").exists()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    run("--name=x", "--plan=H100:2")  # the card's dtype, not that of the machine where it is asked
+    fits = [line for line in told.splitlines() if "GiB  --" in line or "MiB  --" in line]
+    assert fits and all(line in capsys.readouterr().out for line in fits[:1])
     for wrong in ("H100:0", "H100:x", "card:1", ""):
         with pytest.raises(ValueError, match="give a card and how many, as in H100:8"):
             budget.cards(wrong)

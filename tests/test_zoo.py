@@ -220,6 +220,9 @@ def test_dllm_equals_its_qwen_tied(tmp_path, name, block):
     assert loaded.template == {"qwen3": "qwen3-no-thinking", "qwen2": "qwen2.5"}[kind]
     with pytest.raises(ValueError, match="must say whether it is mdlm"):
         zoo.load(write(tmp_path / "mine", model, model_type=f"a2d-{kind}"))
+    zoo.save(loaded, tmp_path / "run/target")  # a conversion says it in its config.json
+    again = zoo.load(tmp_path / "run/target")
+    assert again.model.config == loaded.model.config and again.defaults == loaded.defaults
 
 
 @pytest.mark.parametrize("make, block, shift", [(qwen3, 4, False), (qwen2, 32, True), (llama, 4, False)])

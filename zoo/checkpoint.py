@@ -118,7 +118,7 @@ def plan_for(folder: Path, tokens: tokenizer.Tokenizer | None) -> Plan:
     stated = tuple(i for i in (stated if isinstance(stated, list) else [stated]) if isinstance(i, int))
     settings = Settings(values, f"{folder.name} ({family.name})")
     try:
-        plan = family.plan(settings, Source(label_of(folder), stated, tokens))
+        plan = family.plan(settings, Source(label_of(folder), stated, tokens, ours.get("block_size")))
         settings.finish()
         rows, ids = plan.config.vocab_size, None if tokens is None else tokens.vocab_size
         if ids is not None and ids > rows:

@@ -16,7 +16,7 @@ from zoo.family import Family, Plan, Settings, Source, standard_config, standard
 def plan(s: Settings, source: Source) -> Plan:
     label, qwen3 = source.label.lower(), s.get("model_type").lower() == "a2d-qwen3"
     kind = next((k for k in ("bd3lm", "mdlm") if k in label), None)
-    if kind is None and s.get("block_size") is None:
+    if kind is None and s.get("block_size") is None and source.block_size is None:
         choice = "mdlm (bidirectional) or bd3lm (blocks of 32)"
         raise ValueError(f"dllm: the folder's name {source.label!r} must say whether it is {choice}")
     block = s.integer("block_size", 32 if kind == "bd3lm" else 0, least=0)

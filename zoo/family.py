@@ -99,6 +99,7 @@ class Source(NamedTuple):
     label: str  # name of the hub repository or of the folder
     eos_ids: tuple[int, ...]  # end tokens in generation_config.json
     tokenizer: Tokenizer | None
+    block_size: int | None = None  # of a model that was saved here
 
 
 class Family(NamedTuple):

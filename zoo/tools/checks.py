@@ -218,8 +218,8 @@ def states(folder: Path) -> list[Path]:
 
 
 def remove_states(folder: Path) -> None:
-    """A stage has ended: nothing resumes it any more."""
-    for path in states(folder):
+    """A stage has ended, or begins anew: nothing resumes it any more."""
+    for path in (*states(folder), *folder.glob("not-finite.*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -116,6 +116,7 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
 def print_plan(r: Run) -> None:
     """What the target would need on the cards that --plan names, and which options make it fit."""
     o, (count, have) = r.o, cards(r.o.plan)
+    r = r._replace(dtype=r.dtype if o.dtype else torch.bfloat16)  # what such a card trains in
     reference = (o.reference or o.init_from) if o.recipe == "paper" else ""
     need = needs("target", o.recipe, r, reference, count)
     print(f"{o.plan}, {size(have)} of each counted, {o.batch_size} canvases of {r.length} tokens; estimates:")

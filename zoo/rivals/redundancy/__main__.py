@@ -80,8 +80,9 @@ def main() -> None:
         kept = order[: max(1, round(o.keep * len(order)))].sort().values
 
         (out / "meta.json").unlink(missing_ok=True)  # until all of it is there, it is no data set
-        for path in dataset.folder.iterdir():
-            if path.suffix in (".npy", ".json") and not path.name.startswith(("train", "meta")):
+        dataset.tokenizer.save(out)
+        for path in dataset.folder.glob("*.npy"):
+            if not path.name.startswith("train"):
                 shutil.copyfile(path, out / path.name)
         filled = np.array([answers[i].canvas for i in kept.tolist()], dtype=dataset.tokens("train").dtype)
         write_array(out / "train.npy", filled)
