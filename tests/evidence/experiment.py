@@ -308,27 +308,29 @@ def rivals_on(task: str) -> Experiment:
     return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
 
 
-def in_pairs(about: str, prepare: str, steps: tuple[int, ...]) -> Experiment:
-    """A puzzle whose tokens are two cells each, so p is one of 36 and not of 6 tokens. SeqD has 10 % more
-    steps as the control for compute. Both sides once more with twice the tokens."""
+def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment:
+    """A puzzle whose tokens are two cells each: p is over 36 tokens, not 6. SeqD with 10 % more steps is the
+    control for compute. folder: with both sides on twice the tokens too, beside the cells that are there."""
     runs = PLAIN | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
     runs |= {"seqd-compute": f"{PLAIN['seqd']} --steps=770", "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
              "rcd-twice": f"{TRAJECTORY} --steps=1400"}  # fmt: skip
     runs["loopholing-trajectory"] = RIVALS["loopholing-trajectory"]
     plain = {"seqd-compute": "SeqD, 10 % more steps", "seqd-twice": "SeqD, twice the tokens"}
-    curves = [HARD[0], *(Curve(label, run, {"carry": "none"}, more=MORE) for run, label in plain.items()),
-              *HARD[1:], Curve("RCD, twice the tokens", "rcd-twice", more=MORE),
-              *(replace(curve, more=MORE) for curve in (COLD, WARM)),
-              Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE)]  # fmt: skip
-    return Experiment(about, "", runs, curves, steps, within=(2, 3, 4, 5, 6, 8), prepare=prepare)
+    compute, twice = (Curve(label, run, {"carry": "none"}, more=MORE) for run, label in plain.items())
+    warm, cold = (replace(curve, more=MORE) for curve in (WARM, COLD))
+    curves = [HARD[0], compute, *HARD[1:], warm]
+    if folder:
+        curves += [cold, Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE), twice,
+                   Curve("RCD, twice the tokens", "rcd-twice", more=MORE)]  # fmt: skip
+    about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill; all of the canvas must be right"
+    return Experiment(about, "", runs, curves, (1, 2, 4, 6, 9, most), within=(2, 3, 4, 5, 6, 8),
+                      prepare=prepare, by_curve=bool(folder), folder=folder)
 
 
 EXPERIMENTS |= {
-    "pairs": in_pairs("6x6 Sudoku in tokens of two cells, 5 of 18 given, 13 to fill, one solution; all of "
-                      "the canvas must be right", "--pairs", (1, 2, 4, 6, 9, 13)),
-    "squares-pairs": in_pairs("6x6 Latin squares with one solution in tokens of two cells, 6 of 18 given, 12 "
-                              "to fill; all of the canvas must be right", "--pairs --no_boxes",
-                              (1, 2, 4, 6, 9, 12)),
+    "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
+    "pairs-more": in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs"),
+    "squares-pairs": in_pairs("6x6 Latin squares", 12, "--pairs --no_boxes", folder="squares-pairs"),
     "rivals": rivals_on("sudoku"),
     "rivals-sums": rivals_on("sums-alike"),
     "rewards": replace(
