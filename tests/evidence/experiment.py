@@ -327,9 +327,20 @@ def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment
                       prepare=prepare, by_curve=bool(folder), folder=folder)
 
 
+def with_depth(e: Experiment) -> Experiment:
+    """Looped layers beside as many layers with weights of their own: passes of half as much compute again."""
+    runs = {"deep-base": "--stage=base --n_layer=6", "deep-seqd": "--stage=reference --init_from={deep-base}",
+            "deep-rcd": "--stage=target --init_from={deep-base}"}  # fmt: skip
+    loops = {name: RIVALS[name] for name in ("loop", "loop-trajectory")}
+    curves = [Curve("SeqD, six layers", "deep-seqd", {"carry": "none"}, more=MORE),
+              Curve("RCD, six layers", "deep-rcd", more=MORE),
+              *(Curve(name, name, more=MORE) for name in loops)]  # fmt: skip
+    return replace(e, runs=e.runs | runs | loops, curves=e.curves + curves)
+
+
 EXPERIMENTS |= {
     "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
-    "pairs-more": in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs"),
+    "pairs-more": with_depth(in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs")),
     "squares-pairs": in_pairs("6x6 Latin squares", 12, "--pairs --no_boxes", folder="squares-pairs"),
     "rivals": rivals_on("sudoku"),
     "rivals-sums": rivals_on("sums-alike"),
