@@ -157,6 +157,8 @@ def main() -> None:
         block = sampler.block_size or loaded.model.config.block_size
         blocks = -(-response.shape[1] // block) if block else 1
         tokens = float(response.sum(1).mean())
+        if sampler.start != "warm" and carries.on_trajectories(loaded.meta.get("recipe", "")):
+            warm = None  # no row of its own: the model never learned to read a reference's residual
         settings = sweep(seqd.model, loaded.model, warm, sampler, residual, tokens, blocks=blocks)
         rows = evaluate(settings, dataset, "test", o.limit, 8 * o.batch_size, dtype, o.seed)
         print(table(rows))

@@ -30,6 +30,7 @@ from rcd import Residual, Sampler, denoise
 from zoo import files
 from zoo import tokenizer as tokenizers
 from zoo.decoding import Carry, Decoding
+from zoo.rivals import carries
 from zoo.tools import command, evaluate, viewers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -550,6 +551,16 @@ def test_eval_table_is_a_recount(cli, runs, tmp_path):
         assert accuracy.startswith(f"{right:.1%} (") and nfe == f"{total / 4:.2f}"
         assert per_step == f"{sum(p.count('_') for p in puzzles) / total:.2f}"
     assert next(row for row in rows if row[:2] == ["SeqD", "static, 4 steps"])[2].startswith("75.0% (")
+
+
+def test_a_model_on_trajectories_has_no_warm_row_unless_asked_for(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(carries, "on_trajectories", lambda recipe: True)
+    file = tmp_path / "p.txt"
+    file.write_text("_" + ("123456" * 6)[1:] + " " + "123456" * 6)
+    for more, labels in (([], {"SeqD", "RCD (cold)"}), (["--start=warm"], {"SeqD", "RCD (cold)", "RCD (warm)"})):
+        code, out, _ = cli("--model=grid/target", f"--eval={file}", *more)
+        rows = [line.strip("|").split("|")[0].strip() for line in out.splitlines()[2:]]
+        assert code == 0 and {*rows} == labels
 
 
 @pytest.mark.parametrize("line", ["{0}", "{0} {0} {0}", "{1} {1}", "{1} {0}", "{0} {0}", "7{0} {1}"])

@@ -17,7 +17,7 @@ from rcd import (RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, 
                  softmax, tile)  # fmt: skip
 from zoo import dream, fastdllm, llada, rivals, speed
 
-DEPTH = 256  # tokens that residual_epsilon looks at: more would cost as much as the exact product
+DEPTH = 256  # tokens that residual_epsilon looks at: a row that needs more takes the exact product
 CACHES = {"exact": Reader, "prefix": fastdllm.PrefixCache, "dual": fastdllm.DualCache}
 
 

@@ -322,7 +322,7 @@ def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment
     if folder:
         curves += [cold, Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE), twice,
                    Curve("RCD, twice the tokens", "rcd-twice", more=MORE)]  # fmt: skip
-    about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill; all of the canvas must be right"
+    about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill, all of them right"
     return Experiment(about, "", runs, curves, (1, 2, 4, 6, 9, most), within=(2, 3, 4, 5, 6, 8),
                       prepare=prepare, by_curve=bool(folder), folder=folder)
 
