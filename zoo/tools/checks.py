@@ -34,7 +34,7 @@ FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "ev
 LATER = {"target": set(), "reference": {"recipe", "absent", "buffer", "window", "reference"}}
 LATER["reference"] |= {f.name for f in fields(Carry)}
 LATER["base"] = LATER["reference"] | {"steps", "weighting", "lora"}
-EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32"}  # of versions that had no such options
+EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32", "residual_epsilon": 0.0}  # of versions without
 
 
 def command(resume: bool = False, program: str = "train.py") -> str:
