@@ -54,7 +54,7 @@ def made(tmp_path_factory):
             # As many boards at a time as are asked for, and some: not 2,048, nor 1,024.
             chains = 64 if name == "latin9" else 512
             patch.setattr(latin, "latin_squares", functools.partial(squares, chains=chains))
-            if name == "sudoku9":
+            if name == "sudoku9" or "--pairs" in argv:
                 patch.setattr(sudoku.Rules, "solutions", lambda r, rng, n: solutions(r, rng, n // 8))
             task.main([*SMALL, *GENERATED[name], *argv, "--out", str(folder)])
         return data.load(folder)
@@ -154,8 +154,9 @@ def same_up_to_names(grid):
     ("latin", (), 6, None, 10), ("latin", ("--size", "5", "--given", "3"), 5, None, 3),
     ("latin9", (), 9, None, 22), ("sudoku", (), 6, (2, 3), 9), ("sudoku9", ("--given", "40"), 9, (3, 3), 40),
     ("sudoku9", (), 9, (3, 3), 32), ("sudoku", ("--no_boxes",), 6, None, 12),
-    ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20), ("sudoku", ("--pairs",), 6, (2, 3), 10),
-    ("sudoku", ("--pairs", "--no_boxes"), 6, None, 12)])  # fmt: skip
+    ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20),
+    ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3), 16),
+    ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None, 16)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
     width = 1 + ("--pairs" in argv)  # cells of a token
@@ -172,7 +173,8 @@ def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, 
 
 @pytest.mark.parametrize("name,argv,n,boxes", [
     ("sudoku", (), 6, (2, 3)), ("sudoku9", (), 9, (3, 3)), ("sudoku", ("--no_boxes",), 6, None),
-    ("sudoku", ("--pairs",), 6, (2, 3)), ("sudoku", ("--pairs", "--no_boxes"), 6, None)])  # fmt: skip
+    ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3)),
+    ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None)])  # fmt: skip
 def test_sudoku_has_one_solution(made, name, argv, n, boxes):
     for solution, puzzle in cells(made(name, *argv), "test"):
         assert list(itertools.islice(completions(puzzle, n, lines(n, boxes)), 2)) == [solution]
