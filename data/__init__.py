@@ -86,6 +86,12 @@ class Dataset:
         return self.check(self.text(filled), self.text(solution), self.text(given))
 
 
+def trained_on(meta: dict) -> str:
+    """The data set of a model's train.json: its folder, if that is there, else its name."""
+    folder = str(meta.get("options", {}).get("data") or "")
+    return folder if folder and (Path(folder) / "meta.json").is_file() else meta.get("data", "")
+
+
 def names() -> list[str]:
     """The data sets there are, prepared or not."""
     return sorted(path.parent.name for path in HERE.glob("*/prepare.py"))

@@ -87,7 +87,7 @@ def examples(loaded: Loaded, name: str, count: int, seed: int) -> tuple[np.ndarr
                 prepare.main([*options, *splits, f"--out={folder}"])
             except SystemExit:  # its message went to the stderr that is not shown
                 raise ValueError(f"{loaded.folder}/train.json: no data_command: {options}") from None
-        source = data.load(folder if generated else name)
+        source = data.load(folder if generated else data.trained_on(loaded.meta) or name)
         tokens, response = source.tokens("test"), source.response("test")
         chosen = np.random.default_rng(seed).permutation(len(tokens))[:count]
         tokens, response = tokens[chosen].astype(np.int64), response[chosen]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import zoo
 from data.sudoku import prepare
 from rcd import Residual
@@ -134,6 +135,13 @@ def puzzles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sudoku"
     prepare.main([f"--out={folder}", "--given=14", "--train=16", "--val=4", "--test=4"])
     return folder
+
+
+def test_the_data_that_a_model_was_trained_on(puzzles, tmp_path):
+    """Its folder, if it is there: the name alone says the default data set of that name."""
+    assert data.trained_on({"data": "sudoku", "options": {"data": str(puzzles)}}) == str(puzzles)
+    assert data.trained_on({"data": "sudoku", "options": {"data": str(tmp_path / "gone")}}) == "sudoku"
+    assert data.trained_on({"data": "sudoku"}) == "sudoku" and data.trained_on({}) == ""
 
 
 @pytest.mark.parametrize("start,more", [("target", ["--context"]), ("reference", [])])

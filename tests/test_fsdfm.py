@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from shutil import copyfile
 
 import numpy as np
 import pytest
@@ -505,6 +506,9 @@ def test_train_resume_and_sample(text, tmp_path, monkeypatch, capsys):
         call(monkeypatch, tmp_path, *argv, "--overwrite")
     call(monkeypatch, tmp_path, *argv, "--name=free", "--clip=0", "--stage=dfm")
     assert load_file(tmp_path / "out/free/dfm/model.safetensors")["head.weight"].abs().max() > 0
+    copyfile(tmp_path / "out/fsdfm/few/model.safetensors", tmp_path / "out/cut/few/state.safetensors")
+    with pytest.raises(ValueError, match="cut holds few, trained from what --overwrite replaces"):
+        call(monkeypatch, tmp_path, *argv, "--name=cut", "--overwrite", "--stage=dfm")
     calls.clear()  # a new flow model, interrupted: the old student is no student of it
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, tmp_path, *argv, "--name=cut", "--overwrite", "--seed=1")

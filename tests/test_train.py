@@ -943,6 +943,15 @@ def test_a_run_is_not_overwritten_by_accident(run):
     assert any(not torch.equal(before[k], v) for k, v in weights(Path("out/kept/base")).items())
 
 
+def test_a_base_is_not_overwritten_under_its_targets(run):
+    run("--name=kept")
+    with pytest.raises(ValueError, match="kept holds reference, target, trained from what --overwrite"):
+        run("--name=kept", "--stage=base", "--overwrite")
+    before = weights(Path("out/kept/base"))
+    run("--name=kept", "--stage=target", "--overwrite")
+    assert all(torch.equal(before[k], v) for k, v in weights(Path("out/kept/base")).items())
+
+
 def test_what_is_overwritten_is_resumed_in_full(run, monkeypatch):
     """After Ctrl-C in the new base, --resume goes on with it, and trains the later stages anew."""
     run("--name=old"), run("--name=new", "--seed=5")

@@ -216,7 +216,7 @@ class Carry(Residual):
             if self.weight in ("fixed", "one"):  # these read no p
                 alpha = WEIGHTS[self.weight](logits.float()[:, :1], None, self)
             else:
-                (alpha,) = by_rows(lambda z: self.alpha_and_p(z, E.dtype)[:1], tile(logits), logits)
+                (alpha,) = by_rows(lambda z: self.alpha_and_p(z, torch.float32)[:1], tile(logits), logits)
             top, ids = logits.topk(k)  # (N, k)
             p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
             return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")  # (N,), (N, D)

@@ -182,8 +182,9 @@ def check_tokens(dataset, init_from: str, reference: str) -> None:
     """Raises ValueError if the data set is not in the tokens of the models that are named ("" = none)."""
     prepared = dataset.tokenizer.fingerprint
     if init_from and tokenizer.load(zoo.find(init_from)).fingerprint != prepared:
-        remedy = f"prepare it again with --tokenizer={zoo.find(init_from)}"
-        raise ValueError(f"data set {dataset.name} is not in the tokens of {init_from}: {remedy}")
+        remedy = f": prepare it again with --tokenizer={zoo.find(init_from)}"
+        remedy = "" if isinstance(dataset.tokenizer, tokenizer.CharTokenizer) else remedy
+        raise ValueError(f"data set {dataset.name} is not in the tokens of {init_from}{remedy}")
     if reference and tokenizer.load(zoo.find(reference)).fingerprint != prepared:
         raise ValueError(f"data set {dataset.name} is not in the tokens of the reference {reference}")
 
@@ -229,6 +230,10 @@ def check_folder(root: Path, stages: list[str], o) -> None:
     if found and not (o.resume or o.overwrite):
         ways = "--resume goes on, --overwrite starts again, --name=NAME keeps both"
         raise ValueError(f"{root} already holds {found}: {ways}")
+    kept = ", ".join(p.parent.name for p in sorted(root.glob("*/train.json")) if p.parent.name not in stages)
+    if kept and o.overwrite and not o.resume and {"base", "dfm"} & {*stages}:
+        ways = "--stage=all makes them anew, --name=NAME keeps both"
+        raise ValueError(f"{root} holds {kept}, trained from what --overwrite replaces: {ways}")
 
 
 # What the system says if it will not write: no permission, a read-only file system, no room, no folder.

@@ -65,7 +65,7 @@ def main() -> None:
     device, dtype, reason = pick_device(o.device, o.dtype)
     loaded = zoo.load(o.model, device, torch.float32)
     model, stage = loaded.model, loaded.meta.get("stage", "target")
-    named = o.data or loaded.meta.get("data", "")
+    named = o.data or data.trained_on(loaded.meta)
     check(bool(named), "--data=NAME: this model does not say what it was trained on")
     dataset, folder = data.load(named), Path("out") / o.name / stage
     check(dataset.check is not None, f"data set {dataset.name} has no right answers, so there is no reward")

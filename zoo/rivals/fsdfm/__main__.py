@@ -116,6 +116,8 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
     for later in STAGES[STAGES.index(stage) :]:  # train.json marks the end of a stage
         if o.stage in (later, "all"):
             (folder.parent / later / "train.json").unlink(missing_ok=True)
+            if not o.resume:
+                checks.remove_states(folder.parent / later)
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {o.steps} steps")
