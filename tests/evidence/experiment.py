@@ -186,6 +186,18 @@ EXPERIMENTS = {
         [SEQD, RCD, COLD, WARM],
         steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
     ),
+    "subwords": Experiment(
+        "Tiny Shakespeare in 1,024 subwords (data/shakespeare_bpe), 64 tokens, half of them masked at random "
+        "(infilling) or the last 32 (writing, temperature 1)",
+        "--data=shakespeare_bpe --length=64 --batch_size=32",
+        {"base": "--stage=base --base_steps=2000",
+         "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
+         "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": EARLIER + " --steps=1400",
+         "trajectory": TRAJECTORY + " --recipe=trajectory --steps=1400",
+         "letter": ALGORITHM_1 + " --steps=1400"},
+        [SEQD, RCD, Curve("RCD, trajectories", "trajectory"), COLD, WARM],
+        steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
+    ),
     "weights": ablation(
         "the residual's weight, each trained with it on trajectories",
         {name: f"{TRAJECTORY} {options}" for name, options in WEIGHTS.items()},
