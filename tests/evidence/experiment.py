@@ -189,7 +189,7 @@ EXPERIMENTS = {
     "subwords": Experiment(
         "Tiny Shakespeare in 1,024 subwords (data/shakespeare_bpe), 64 tokens, half of them masked at random "
         "(infilling) or the last 32 (writing, temperature 1)",
-        "--data=shakespeare_bpe --length=64 --batch_size=32",
+        "--data=shakespeare_bpe --length=64 --batch_size=12",
         {"base": "--stage=base --base_steps=2000",
          "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
          "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": EARLIER + " --steps=1400",
