@@ -323,16 +323,16 @@ def rivals_on(task: str) -> Experiment:
 def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment:
     """A puzzle whose tokens are two cells each: p is over 36 tokens, not 6. SeqD with 10 % more steps is the
     control for compute. folder: with both sides on twice the tokens too, beside the cells that are there."""
-    runs = PLAIN | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
-    runs |= {"seqd-compute": f"{PLAIN['seqd']} --steps=770", "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
-             "rcd-twice": f"{TRAJECTORY} --steps=1400"}  # fmt: skip
-    runs["loopholing-trajectory"] = RIVALS["loopholing-trajectory"]
-    plain = {"seqd-compute": "SeqD, 10 % more steps", "seqd-twice": "SeqD, twice the tokens"}
-    compute, twice = (Curve(label, run, {"carry": "none"}, more=MORE) for run, label in plain.items())
-    warm, cold = (replace(curve, more=MORE) for curve in (WARM, COLD))
-    curves = [HARD[0], compute, *HARD[1:], warm]
+    compute = {"seqd-compute": f"{PLAIN['seqd']} --steps=770"}
+    runs = PLAIN | {"rcd": TRAJECTORY, "letter": ALGORITHM_1} | compute
+    curves = [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
+              *HARD[1:], replace(WARM, more=MORE)]  # fmt: skip
     if folder:
-        curves += [cold, Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE), twice,
+        hidden = "loopholing-trajectory"
+        runs |= {hidden: RIVALS[hidden], "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
+                 "rcd-twice": f"{TRAJECTORY} --steps=1400"}  # fmt: skip
+        curves += [replace(COLD, more=MORE), Curve(hidden, hidden, more=MORE),
+                   Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
                    Curve("RCD, twice the tokens", "rcd-twice", more=MORE)]  # fmt: skip
     about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill, all of them right"
     return Experiment(about, "", runs, curves, (1, 2, 4, 6, 9, most), within=(2, 3, 4, 5, 6, 8),
