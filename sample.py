@@ -129,8 +129,7 @@ def main() -> None:
     print(f"{loaded.folder}: {parameters:,} parameters\n{reason}", file=sys.stderr)
     if residual.residual_epsilon:
         bound = residual.bound(loaded.model.embedding)
-        longest = f"the longest embedding has {bound / residual.residual_epsilon / 2:.2g}"
-        print(f"|Delta - exact| is at most {bound:.2g}, {longest}", file=sys.stderr)
+        print(f"|Delta - exact| is at most {bound:.2g}, 2 epsilon of the longest embedding", file=sys.stderr)
 
     # Load the reference if it is needed: for a warm start, and as SeqD.
     name, carried = carries.label(loaded.model), sampler.carry == "residual"

@@ -553,6 +553,13 @@ def test_eval_table_is_a_recount(cli, runs, tmp_path):
     assert next(row for row in rows if row[:2] == ["SeqD", "static, 4 steps"])[2].startswith("75.0% (")
 
 
+def test_the_bound_of_an_approximate_delta_is_printed(cli, runs):
+    longest = runs[1]["grid/target"].embedding.norm(dim=1).max().item()
+    told = cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2", "--residual_epsilon=0.25")[2]
+    assert f"|Delta - exact| is at most {0.5 * longest:.2g}, " in told
+    assert "|Delta" not in cli("--model=grid/target", f"--prompt={PUZZLE}", "--steps=2")[2]
+
+
 def test_a_model_on_trajectories_has_no_warm_row_unless_asked_for(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(carries, "on_trajectories", lambda recipe: True)
     file = tmp_path / "p.txt"

@@ -223,7 +223,8 @@ class Carry(Residual):
 
     def fewest(self, logits: Tensor, E: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
         """residual_epsilon: each row takes the fewest tokens that hold 1 - epsilon of its p. A row for which
-        DEPTH tokens are too few takes the exact product. logits (N, V), E (V, D) -> (N,), (N, D)."""
+        DEPTH tokens are too few takes the exact product. logits (N, V), E (V, D) -> (N,), (N, D). On a GPU
+        the host waits here once more in a step: how many tokens there are, only p can say."""
 
         def rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n, V) -> (n,), (n, k), (n, k)
             alpha, p = self.alpha_and_p(logits, torch.float32)

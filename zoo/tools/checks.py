@@ -224,6 +224,15 @@ def remove_states(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def begin_anew(folder: Path, stages: tuple[str, ...], o) -> None:
+    """Without --resume a stage begins anew, and so do the later ones that are asked for: what --overwrite
+    left of them would be taken for finished by a later --resume."""
+    for stage in stages[stages.index(folder.name) :] if not o.resume else ():
+        if o.stage in (stage, "all"):
+            (folder.parent / stage / "train.json").unlink(missing_ok=True)  # it marks the end of a stage
+            remove_states(folder.parent / stage)
+
+
 def check_folder(root: Path, stages: list[str], o) -> None:
     """Raises ValueError for stages that are there already, unless they are to be resumed or overwritten."""
     found = ", ".join(s for s in stages if (root / s / "train.json").exists() or states(root / s))

@@ -28,8 +28,8 @@ from zoo.fastdllm import complementary_loss
 from zoo.files import write_atomic
 from zoo.recipes import document_positions, noise_levels
 from zoo.tools import distributed
-from zoo.tools.checks import (BEFORE, EARLIER, SHARDS, SHARDS_BEFORE, STATE, check_same, command,
-                              remove_states, states)  # fmt: skip
+from zoo.tools.checks import (BEFORE, EARLIER, SHARDS, SHARDS_BEFORE, STATE, begin_anew, check_same,
+                              command, states)  # fmt: skip
 from zoo.tools.command import autocast
 from zoo.tools.evaluate import Setting, evaluate
 from zoo.tools.sinks import SINKS
@@ -144,15 +144,9 @@ class Stop:
 
 
 def open_folder(folder: Path, tokens, o, stages: tuple[str, ...]) -> None:
-    """Make the folder of a stage, with the tokenizer, and without what a killed process left half-written.
-
-    --overwrite ends this stage and the later ones first, or --resume would take the old for finished ones.
-    """
+    """Make the folder of a stage, with the tokenizer, and without what a killed process left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages[stages.index(folder.name) :] if o.overwrite and not o.resume else ():
-        if o.stage in (stage, "all"):
-            (folder.parent / stage / "train.json").unlink(missing_ok=True)
-            remove_states(folder.parent / stage)
+    begin_anew(folder, stages, o)
     for path in folder.glob(f"{STATE}.*"):
         path.unlink()
     tokens.save(folder)

@@ -113,11 +113,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
     state, recent, mean = training.State(model, o, []), [], 0.0
     frozen = checks.frozen(asdict(o) | asdict(shape), dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    for later in STAGES[STAGES.index(stage) :]:  # train.json marks the end of a stage
-        if o.stage in (later, "all"):
-            (folder.parent / later / "train.json").unlink(missing_ok=True)
-            if not o.resume:
-                checks.remove_states(folder.parent / later)
+    checks.begin_anew(folder, STAGES, o)
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()):,} parameters, {o.steps} steps")
