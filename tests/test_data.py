@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--train", "400", "--val", "40", "--test", "60"]
 FEW = ("--train", "60", "--val", "15", "--test", "15")
 NINE = ["--size", "9", "--train", "12", "--val", "4", "--test", "4"]
+EIGHT = ("--pairs", "--size", "8")
 GENERATED = {"sums": [], "latin": [], "sudoku": FEW, "latin9": NINE, "sudoku9": NINE}
 
 
@@ -74,8 +75,9 @@ def cells(dataset, split):
     if not dataset.meta.get("pairs"):
         yield from canvases(dataset, split)
         return
-    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    two = dict(zip(names, map("".join, itertools.product("123456", repeat=2)))) | {"_": "__"}
+    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"
+    digits = "12345678"[: dataset.meta["size"]]
+    two = dict(zip(names, map("".join, itertools.product(digits, repeat=2)))) | {"_": "__"}
     for texts in canvases(dataset, split):
         yield tuple("".join(two[character] for character in text) for text in texts)
 
@@ -156,7 +158,8 @@ def same_up_to_names(grid):
     ("sudoku9", (), 9, (3, 3), 32), ("sudoku", ("--no_boxes",), 6, None, 12),
     ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20),
     ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3), 16),
-    ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None, 16)])  # fmt: skip
+    ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None, 16),
+    ("sudoku", EIGHT, 8, (2, 4), 24), ("sudoku", ("--size", "8"), 8, (2, 4), 20)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
     width = 1 + ("--pairs" in argv)  # cells of a token
@@ -173,7 +176,7 @@ def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, 
 
 @pytest.mark.parametrize("name,argv,n,boxes", [
     ("sudoku", (), 6, (2, 3)), ("sudoku9", (), 9, (3, 3)), ("sudoku", ("--no_boxes",), 6, None),
-    ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3)),
+    ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3)), ("sudoku", EIGHT, 8, (2, 4)),
     ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None)])  # fmt: skip
 def test_sudoku_has_one_solution(made, name, argv, n, boxes):
     for solution, puzzle in cells(made(name, *argv), "test"):

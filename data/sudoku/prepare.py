@@ -8,14 +8,15 @@
     6 5 _ _ _ _     6 5 1 2 3 4
     _ _ _ _ 1 _     4 2 3 6 1 5
 
-The small one is 6x6 with boxes of 2x3, --size 9 is the newspaper's. --no_boxes leaves the boxes out: another
-puzzle, a Latin square with one solution (data/latin has squares with many). The canvas is the size*size cells
-in reading order, one token each, without separators; the vocabulary is the digits and <mask>. The model fills
-the empty cells, and its answer counts when it is the solution.
+The small one is 6x6 with boxes of 2x3, --size 8 has boxes of 2x4, --size 9 is the newspaper's. --no_boxes
+leaves the boxes out: another puzzle, a Latin square with one solution (data/latin has squares with many). The
+canvas is the size*size cells in reading order, one token each, without separators; the vocabulary is the
+digits and <mask>. The model fills the empty cells, and its answer counts when it is the solution.
 
 --pairs makes one token of two neighbouring cells, as a subword holds several letters: 18 tokens of 36 kinds
-instead of 36 of 6. Digits a and b are character 6 (a - 1) + b - 1 of 0 to 9 and A to Z. What a model predicts
-then is a joint distribution of two cells. Pairs are given or empty as a whole.
+instead of 36 of 6, with --size 8 32 of 64. Digits a and b of 1 to n are character n (a - 1) + b - 1 of 0 to 9,
+A to Z, a to z, + and -. What a model predicts then is a joint distribution of two cells. Pairs are given or
+empty as a whole.
 
 Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
 that end in a contradiction are thrown away (every board can come out, not all equally often). Then cells
@@ -23,6 +24,7 @@ are emptied in random order, each only if the solution stays the only one, until
 runs on many boards at once, a cell being a bit set of its possible digits. Puzzles whose solutions are
 equal up to a renaming of the digits always fall into the same split.
 """
+import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,11 +38,13 @@ from zoo.tokenizer import CharTokenizer
 from zoo.tools.command import whole
 
 SOURCE = "generated"
-BOX = {6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
+BOX = {6: (2, 3), 8: (2, 4), 9: (3, 3)}  # size: rows and columns of a box
 # (size, boxes, pairs): the fewest tokens given that are not too rare to find, and the usual number
-GIVEN = {(6, True, False): (9, 9), (6, False, False): (11, 12), (9, True, False): (24, 32),
-         (9, False, False): (30, 36), (6, True, True): (5, 5), (6, False, True): (6, 6)}  # fmt: skip
-PAIRS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+GIVEN = {(6, True, False): (9, 9), (6, False, False): (11, 12), (8, True, False): (18, 20),
+         (8, False, False): (23, 25), (9, True, False): (24, 32), (9, False, False): (30, 36),
+         (6, True, True): (5, 5), (6, False, True): (6, 6), (8, True, True): (11, 12),
+         (8, False, True): (13, 14)}  # fmt: skip
+PAIRS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "+-"
 COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
 
 
@@ -135,10 +139,10 @@ def check(filled: str, solution: str, given: str) -> bool:
 def main(argv: list[str]) -> None:
     parser = options(__doc__, __file__)
     parser.add_argument("--size", type=whole(), default=6, choices=BOX, help="cells per row")
-    usual = "given cells (default: 9 of 36, 32 of 81; without boxes 12 and 36), or pairs (5 of 18; 6)"
-    parser.add_argument("--given", type=whole(0), help=usual)
+    usual = "given cells (default: 9 of 36, 20 of 64, 32 of 81; without boxes 12, 25, 36), or pairs"
+    parser.add_argument("--given", type=whole(0), help=f"{usual} (5 of 18, 12 of 32; 6, 14)")
     parser.add_argument("--no_boxes", action="store_true", help="rows and columns are the only rules")
-    parser.add_argument("--pairs", action="store_true", help="a token is two cells; 6x6 only")
+    parser.add_argument("--pairs", action="store_true", help="a token is two cells; not with --size 9")
     sizes(parser, train=30_000)
     args = parser.parse_args(argv)
     n, boxes, width = args.size, not args.no_boxes, 1 + args.pairs
@@ -150,7 +154,8 @@ def main(argv: list[str]) -> None:
         least = f"{fewest} (fewer are too rare to find)"
         raise ValueError(f"--given goes from {least} to {most} for --size {n}{' --pairs' * args.pairs}")
     rules = Rules(n, boxes)
-    tokenizer = CharTokenizer(PAIRS if args.pairs else "123456789"[:n], ["<mask>"])  # digit d is token d - 1
+    kinds = PAIRS[: n * n] if args.pairs else "123456789"[:n]
+    tokenizer = CharTokenizer(kinds, ["<mask>"])  # digit d is token d - 1
 
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         while True:

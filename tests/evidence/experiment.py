@@ -351,6 +351,19 @@ def with_depth(e: Experiment) -> Experiment:
 
 
 EXPERIMENTS |= {
+    "pairs-8": Experiment(
+        "8x8 Sudoku, one solution, tokens of two cells, 20 of 32 to fill, all of them right; the base has 4,000 "
+        "steps, a stage 1,000",
+        "",
+        {"base": "--stage=base --base_steps=4000",
+         **{f"{name}{twice}": f"{options} --steps={steps}" for twice, steps in (("", 1000), ("-twice", 2000))
+            for name, options in (("seqd", PLAIN["seqd"]), ("rcd", TRAJECTORY))},
+         "seqd-compute": f"{PLAIN['seqd']} --steps=1100"},
+        [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE), *HARD[1:],
+         Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
+         Curve("RCD, twice the tokens", "rcd-twice", more=MORE)],
+        (1, 2, 4, 6, 9, 13, 20), within=(2, 3, 4, 5, 6, 8), prepare="--pairs --size=8 --train=100000",
+    ),
     "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
     "pairs-more": with_depth(in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs")),
     "squares-pairs": in_pairs("6x6 Latin squares", 12, "--pairs --no_boxes", folder="squares-pairs"),
