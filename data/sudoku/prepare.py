@@ -14,9 +14,9 @@ canvas is the size*size cells in reading order, one token each, without separato
 digits and <mask>. The model fills the empty cells, and its answer counts when it is the solution.
 
 --pairs makes one token of two neighbouring cells, as a subword holds several letters: 18 tokens of 36 kinds
-instead of 36 of 6, with --size 8 32 of 64. Digits a and b of 1 to n are character n (a - 1) + b - 1 of 0 to 9,
-A to Z, a to z, + and -. What a model predicts then is a joint distribution of two cells. Pairs are given or
-empty as a whole.
+instead of 36 of 6, with --size 8 32 of 64. Digits a and b of 1 to n are character n (a - 1) + b - 1 of 0 to
+9, A to Z, a to z, + and -. What a model predicts then is a joint distribution of two cells. Pairs are given
+or empty as a whole.
 
 Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
 that end in a contradiction are thrown away (every board can come out, not all equally often). Then cells

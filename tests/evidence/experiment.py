@@ -352,8 +352,8 @@ def with_depth(e: Experiment) -> Experiment:
 
 EXPERIMENTS |= {
     "pairs-8": Experiment(
-        "8x8 Sudoku, one solution, tokens of two cells, 20 of 32 to fill, all of them right; the base has 4,000 "
-        "steps, a stage 1,000",
+        "8x8 Sudoku, one solution, tokens of two cells, 20 of 32 to fill, all of them right; the base is "
+        "trained for 4,000 steps, the others for 1,000",
         "",
         {"base": "--stage=base --base_steps=4000",
          **{f"{name}{twice}": f"{options} --steps={steps}" for twice, steps in (("", 1000), ("-twice", 2000))
