@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train import TINY, stopped, write_packed
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 import data
 import train
@@ -140,6 +141,9 @@ def log_of(folder: Path) -> list[dict]:
 
 
 WAYS = {"1": (1, []), "2": (2, []), "4": (4, []), "shards": (2, ["--shard=full"])}
+SHARDED = pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.9 writes shards")
+if torch.__version__ < (2, 9):
+    del WAYS["shards"]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +225,7 @@ def stops(times: int, steps: list[int], *options: str) -> None:
     train.main()
 
 
+@SHARDED
 def test_shards_resume_in_any_number_of_processes(data_sets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [f"--data={data_sets}/sudoku", "--recipe=trajectory", "--buffer=2", "--ema=0.5", "--steps=5"]
@@ -287,6 +292,7 @@ def full(*options: str) -> None:
     train.main()
 
 
+@SHARDED
 def test_shards_are_written_while_training_goes_on(data_sets, tmp_path, monkeypatch):
     """The state on the disk is of the step in which it was saved, not of those taken since."""
     monkeypatch.chdir(tmp_path)
@@ -323,6 +329,7 @@ def on_the_host(steps: list[int], *options: str) -> None:
         assert told == [fsdp.CPUOffloadPolicy(pin_memory=False)] * 2  # the layer, and what is in none
 
 
+@SHARDED
 def test_shards_that_wait_on_the_host(data_sets, tmp_path, monkeypatch):
     """The gradient is clipped, the weights are averaged, and a run is resumed: the steps of one process."""
     monkeypatch.chdir(tmp_path)
@@ -348,6 +355,18 @@ def too_large(options: list[str]) -> None:
     train.main()
 
 
+def test_an_older_torch_says_that_it_writes_no_shards(data_sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "anyone", bool)
+    options = [f"--data={data_sets / 'sudoku'}", "--stage=base", "--shard=full"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *SHORT, *options])
+    with pytest.raises(ValueError, match=r"^--shard=full needs torch 2.9 or newer, not 2.6.0\+cu124: update it$"):
+        train.main()
+
+
+@SHARDED
 def test_a_pretrained_model_in_shards_is_saved_whole_in_its_layout(data_sets, tmp_path, monkeypatch):
     """Target and reference are read shard by shard, the reference in the bfloat16 that it is stored in."""
     from test_conversion import write_folder

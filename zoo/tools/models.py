@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from rcd import Config, Residual, Transformer
+from rcd import Config, Residual, Transformer, check
 from zoo import lora, tokenizer
 from zoo.checkpoint import DTYPES, entries, match, plan_for, read
 from zoo.decoding import Decoding
@@ -104,6 +104,8 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
     too_large = n > 1 and distributed.anyone(0 < have < whole)
     whole_only = o.lora or (stage == "target" and carries.name_of(recipe) in carries.LEARNED)
     sharded = o.shard == "full" or (o.shard == "auto" and too_large and not whole_only)
+    version = torch.__version__  # the first to write safetensors in shards is 2.9
+    check(not sharded or version >= (2, 9), f"--shard=full needs torch 2.9 or newer, not {version}: update it")
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
         print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
