@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rcd
 import zoo
 from rcd import WEIGHTS, Residual, mix
-from zoo.decoding import Carry, carry_options
+from zoo.decoding import Carry, carry_options, likeliest
 
 INF = math.inf
 
@@ -229,14 +229,16 @@ def test_the_bound_can_be_met():
 
 
 @settings(max_examples=100)
-@given(tables(), st.floats(1e-3, 0.9), st.floats(0.3, 3), st.booleans(), st.sampled_from([1, 2, 3, 256]))
-def test_delta_of_the_fewest_tokens_and_its_bound(both, epsilon, t_res, temper_delta, depth):
+@given(tables(), st.floats(1e-3, 0.9), st.floats(0.3, 3), st.booleans(), st.sampled_from([1, 2, 3, 256]),
+       st.sampled_from([2, 3, 32]))  # fmt: skip
+def test_delta_of_the_fewest_tokens_and_its_bound(both, epsilon, t_res, temper_delta, depth, group):
     """Against an explicit sum over the fewest tokens that hold 1 - epsilon of p. Where `depth` of them hold
     less, Delta is the exact product."""
     logits, table = both
     carry = Carry(t_res=t_res, temper_delta=temper_delta, residual_epsilon=epsilon)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo.decoding, "DEPTH", depth)
+        patch.setattr(zoo.decoding, "GROUP", group)
         alpha, delta = carry(logits, table)
     exact_alpha, exact = Carry(t_res=t_res, temper_delta=temper_delta)(logits, table)
     assert torch.equal(alpha, exact_alpha)  # alpha never is an approximation
@@ -256,6 +258,31 @@ def test_delta_of_the_fewest_tokens_and_its_bound(both, epsilon, t_res, temper_d
         expected = sum(row[j] / mass * table[j].double() for j in chosen)
         expected = exact[i].double() if len(chosen) > depth else expected
         torch.testing.assert_close(delta[i].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(2, 5), st.floats(0.1, 10), st.floats(0, 0.5))
+def test_the_likeliest_tokens_by_groups_are_those_of_a_sort(V, k, group, scale, epsilon):
+    """A row that is left out holds less than 1 - epsilon in its k likeliest tokens."""
+    p = (scale * torch.randn(4, V, generator=torch.Generator().manual_seed(V))).softmax(-1)
+    expected = p.sort(descending=True).values[:, :k]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo.decoding, "GROUP", group)
+        for x, spare in ((p, INF), (p.log(), INF), (p, epsilon)):
+            values, ids, rows = likeliest(x, k, spare)
+            assert torch.equal(values, expected.log() if x is not p else expected[rows])
+            assert torch.equal(x[rows].gather(1, ids), values)
+            left_out = [i for i in range(4) if i not in rows.tolist()]
+            assert not left_out or expected[left_out].sum(-1).max() < 1 - spare + 1e-6
+
+
+def test_a_flat_row_is_left_out_of_the_search():
+    """Of 12 equal tokens in groups of 3 two hold a sixth. By the maxima of the two other groups there is a
+    sixth outside, so with 0.1 to spare no second look is needed; with 0.2 there is one."""
+    p = torch.full((1, 12), 1 / 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo.decoding, "GROUP", 3)
+        assert [len(likeliest(p, 2, spare)[2]) for spare in (0.1, 0.2)] == [0, 1]
 
 
 def test_the_fewest_tokens_by_hand():
