@@ -105,7 +105,8 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
     whole_only = o.lora or (stage == "target" and carries.name_of(recipe) in carries.LEARNED)
     sharded = o.shard == "full" or (o.shard == "auto" and too_large and not whole_only)
     version = torch.__version__  # the first to write safetensors in shards is 2.9
-    check(not sharded or version >= (2, 9), f"--shard=full needs torch 2.9 or newer, not {version}: update it")
+    update = f"--shard=full needs torch 2.9 or newer, not {version}: update torch"
+    check(not sharded or version >= (2, 9), update)
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
         print(f"{n} processes, shard {'full' if sharded else 'none'} ({why})")
