@@ -22,6 +22,7 @@ head width, S keys, W positions read, N masked cells, n some of B or N. Only the
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,10 +42,10 @@ def tile(logits: Tensor) -> int:
     """Rows of logits (N, V) that a softmax in float32 takes at a time."""
     return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
 
-def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) of x (n, D or V), n padded to a multiple of 64: oneDNN builds and keeps a kernel per n."""
+def matmul(x: Tensor, W: Tensor) -> Tensor:
+    """x @ W. On a CPU the rows of x are padded to a multiple of 64: oneDNN keeps a kernel per number."""
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
-    return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
+    return (F.pad(x, (0, 0, 0, padding)) @ W)[: len(x)] if padding else x @ W
 
 def check(holds: bool, message: str) -> None:  # raises ValueError(message) if it does not hold
     if not holds:
@@ -100,13 +101,13 @@ class KVCache:
         self.k, self.v = (like.new_zeros(c.n_layer, B, T + 1, c.n_kv_head, c.head_dim) for _ in range(2))
     def at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
         """The next forward writes positions (n, W), -1 = padding, of rows (n,) and sees keys [0, stop)."""
-        self.rows, self.positions, self.stop = rows, positions, stop
+        self.rows, self.positions, self.stop = rows.to(self.k.device), positions.to(self.k.device), stop
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (n, W, G, K); return all keys and values of these rows, each (n, stop, G, K)."""
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[self.rows[:, None], self.positions] = new.to(store.dtype)  # the only write
+        """Write k, v (n, G, W, K); return all keys and values of these rows, each (n, G, stop, K)."""
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):  # (B, T + 1, G, K)
+            store[self.rows[:, None], self.positions] = new.transpose(1, 2).to(store.dtype)  # the only write
         rows = slice(None) if len(self.rows) == self.k.shape[1] else self.rows  # no copy if it is all of them
-        return self.k[layer][rows][:, : self.stop], self.v[layer][rows][:, : self.stop]
+        return tuple(x[layer][rows][:, : self.stop].transpose(1, 2).to(k.dtype) for x in (self.k, self.v))
 
 class Attention(nn.Module):
     """Grouped-query attention. mask (B or 1, 1, T, S): True = may attend; None = everything is seen; or a
@@ -117,6 +118,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c.d_model, heads, bias=c.qkv_bias)
         self.k_proj, self.v_proj = (nn.Linear(c.d_model, kv_heads, bias=c.qkv_bias) for _ in range(2))
         self.o_proj = nn.Linear(heads, c.d_model, bias=False)
+        self.grouped = c.n_head != c.n_kv_head  # a bool here: torch.compile of 2.6 takes no comparison there
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache: KVCache | None) -> Tensor:
@@ -126,11 +128,10 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # (B, T, G, K) -> (B, S, G, K) -> (B, G, S, K)
-            k, v = (x.transpose(1, 2) for x in cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2)))
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, G, T, K) -> (B, G, S, K)
         y = mask(q, k, v) if callable(mask) else F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=c.n_head != c.n_kv_head)  # (B, H, T, K)
+            q, k, v, attn_mask=mask, enable_gqa=self.grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 class SwiGLU(nn.Module):  # (..., D) -> (..., D)
@@ -164,12 +165,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-    @property
-    def embedding(self) -> Tensor:
-        return self.embed_tokens.weight  # E (V, D), the table of Eq. 1
-    @property
-    def head(self) -> Tensor:
-        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight  # (V, D)
+    embedding = property(lambda self: self.embed_tokens.weight)  # E (V, D), the table of Eq. 1
+    head = property(lambda self: self.embedding if self.config.tied else self.lm_head.weight)  # (V, D)
     def forward(self, x: Tensor, positions: Tensor, mask=None, cache: KVCache | None = None) -> Tensor:
         """Embeddings x (B, T, D) at positions (B or 1, T) -> hidden states (B, T, D); mask: see Attention."""
         half = (self.config.rotary_dim or self.config.head_dim) // 2  # R/2
@@ -185,7 +182,7 @@ class Transformer(nn.Module):
         return hidden[row, (column - 1).clamp(min=0) if self.config.logit_shift else column]
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> logits (N, V): -inf for [MASK] and padding, which nothing may draw or carry."""
-        z = padded(lambda x: F.linear(x, self.head), hidden)
+        z = matmul(hidden, self.head.T)
         z[:, self.config.mask_id] = -math.inf
         if self.config.real_vocab:  # even an empty write makes backward copy the gradient
             z[:, self.config.real_vocab :] = -math.inf
@@ -232,10 +229,10 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, positions: Te
     """Hidden states (B, T, D) of the noisy input x (B, T, D), under the model's own attention. tokens (B, T)
     are the clean ids: a block-causal model reads them as the finished blocks before each block."""
     (B, T), b, packed = tokens.shape, model.config.block_size, positions is not None
-    at, mask = positions if packed else torch.arange(T, device=x.device)[None], None  # (B or 1, T)
+    at = positions if packed else torch.arange(T, device=x.device)[None]  # (B or 1, T)
+    mask, rows = None, B if packed else 1
     if b or packed:
-        may_attend, rows = training_mask(at.expand(B, T), b), B if packed else 1
-        mask = model.attention_mask(may_attend, rows, 2 * T if b else T, x.device)
+        mask = model.attention_mask(training_mask(at.expand(B, T), b), rows, 2 * T if b else T, x.device)
     if not b:
         return model(x, at, mask)
     hidden = model(torch.cat([x, model.embed_tokens(tokens)], dim=1), at.repeat(1, 2), mask)  # (B, 2T, D)
@@ -251,8 +248,9 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     return z, z.softmax(-1)
 
 def entropy_of(z: Tensor, p: Tensor) -> Tensor:
-    """H(p) (n,) in nats of z, p (n, V): log sum exp(z) - sum p z; log sum exp(z) = max z - log max p."""
-    return (z.amax(-1) - p.amax(-1).log() - (p * z).sum(-1)).clamp(min=0)
+    """H(p) (n,) in nats of z and p = softmax(z), both (n, V): log sum exp(z) - sum p z."""
+    log_sum_exp = z.amax(-1) - p.amax(-1).log()  # log p = z - log sum exp(z), here of the likeliest token
+    return (log_sum_exp - (p * z).sum(-1)).clamp(min=0)
 
 # The weights: alpha (n,) from z = logits / T_res and p = softmax(z), both (n, V). zoo/decoding.py has more.
 WEIGHTS: dict[str, Callable[[Tensor, Tensor, "Residual"], Tensor]] = {
@@ -275,11 +273,11 @@ class Residual:
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Eq. 3 and 1: logits (N, V), E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. grad: let
         the gradient through Delta. Alpha passes no gradient: the entropy's is infinite at p = 0."""
-        def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:
-            alpha, p = by_rows(lambda z: self.alpha_and_p(z, dtype), tile(logits), logits)
-            return alpha, padded(lambda p: p @ E, p).to(E.dtype)  # Eq. 1: p·E, soft embeddings (n, D)
+        dtype = F.linear(E[:0], E[:0]).dtype  # what a product with E gives, also under autocast
+        def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:  # (n, V)
+            alpha, p = by_rows(lambda rows: self.alpha_and_p(rows, dtype), tile(logits), logits)
+            return alpha, matmul(p, E).to(E.dtype)  # Eq. 1: p·E, the soft embeddings (n, D)
         with torch.set_grad_enabled(grad):
-            dtype = F.linear(E[:0], E[:0]).dtype  # what a product with E gives, also under autocast
             return by_rows(chunk, CHUNK // logits.shape[1], logits)
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """logits (n, V) -> alpha (n,), tempered by T_res, and the p (n, V) of Eq. 1, untempered, in dtype."""
@@ -347,7 +345,8 @@ def diffusion_loss(model: Transformer, tokens: Tensor, response: Tensor | None =
         e = mix(e, cells, alpha, delta, model.embedding[model.config.mask_id])
     hidden = model.predicting(denoiser_hidden(model, e, tokens, positions), cells)  # (N, D)
     (nll,) = token_losses(model, hidden, tokens[cells])  # (N,)
-    return ((1 / t.expand_as(tokens)[cells] if bound else 1) * nll).sum() / response.sum()
+    weight = 1 / t.expand_as(tokens)[cells] if bound else 1
+    return (weight * nll).sum() / response.sum()
 
 def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Callable = lambda logits: ()):
     """-log p(target) (N,) of hidden (N, D), targets (N,), and what also(logits (n, V)) gives. One chunk of
@@ -356,10 +355,8 @@ def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Call
         logits = model.logits(hidden)  # (n, V)
         nll = lambda z, target: (F.cross_entropy(z.float(), target, reduction="none"),)  # noqa: E731
         return *by_rows(nll, tile(logits), logits, targets), *also(logits)
-    if len(hidden) <= CHUNK // model.config.vocab_size:
-        return chunk(hidden, targets)
-    again = lambda *rows: checkpoint(chunk, *rows, use_reentrant=False)  # noqa: E731
-    return by_rows(again, CHUNK // model.config.vocab_size, hidden, targets)
+    rows, again = CHUNK // model.config.vocab_size, partial(checkpoint, chunk, use_reentrant=False)
+    return by_rows(again if len(hidden) > rows else chunk, rows, hidden, targets)
 
 def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
@@ -388,9 +385,9 @@ class Candidates(NamedTuple):
         """score (N,) -> rank (N,): 0 for the best cell of each row, 1 for the second, ..."""
         order = score.argsort(descending=True, stable=True)
         order = order[self.row[order].argsort(stable=True)]  # row by row, best first
-        rank = torch.empty_like(self.row)
-        rank[order] = torch.arange(len(order), device=order.device)
-        return rank - torch.searchsorted(self.row[order], self.row.contiguous())
+        row = self.row[order]  # sorted, so that searchsorted finds where each row begins
+        rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+        return torch.empty_like(rank).index_put((order,), rank)  # in the order of the cells again
     def best(self, score: Tensor) -> Tensor:
         """(N,) bool: the cells of highest score in each row, as many as its quota."""
         return self.rank(score) < self.quota[self.row]
@@ -452,7 +449,7 @@ class Reader:
     passes = 1  # forward passes of a call
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, b: int, cached: bool = False):
         self.model, self.tokens, self.lengths, self.b, c = model, tokens, lengths, b, model.config
-        self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the last block; -1: read all
+        self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the block read last; -1: read all
         self.cache = KVCache(c, *tokens.shape, model.head) if cached or c.block_size else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, and at
@@ -471,22 +468,21 @@ class Reader:
     def __call__(self, begin: Tensor, end: Tensor, cells: Tensor, alpha: Tensor | None, delta: Tensor | None):
         """Logits (N, V) at the masked cells (N, 2) of the blocks [begin, end), (B,) each. alpha (N,) and
         delta (N, D) are the residual of the cells; None = there is none."""
-        model, device = self.model, self.model.head.device
+        model, device, c = self.model, self.model.head.device, self.model.config
         rows, index, oldest, stop, width, keys = self.frame(begin, end, cells)
-        positions = stop[:, None] - width + torch.arange(width)  # (n, W) up to stop; before oldest is padding
+        positions = stop[:, None] - width + torch.arange(width)  # (n, W) end at stop; before oldest: padding
         at = positions.clamp(min=0)
         x = model.embed_tokens(self.tokens[rows[:, None], at].to(device))  # (n, W, D)
-        in_window = index.to(device), (cells[:, 1] - (stop[index] - width)).to(device)
+        in_window = index.to(device), (cells[:, 1] - positions[index, 0]).to(device)
         if alpha is not None:
-            x = mix(x, in_window, alpha, delta, model.embedding[model.config.mask_id])  # Eq. 2
-        reach, mask = self.lengths[rows, None], None  # (n, 1): a query sees the keys [0, reach), here its row
-        if model.config.block_size:
-            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)  # (n, W): up to its block's end
-        if not bool((reach == keys).all()):
-            mask = (torch.arange(keys, device=device) < reach.to(device)[..., None])[:, None]  # (n,1,W|1,S)
+            x = mix(x, in_window, alpha, delta, model.embedding[c.mask_id])  # Eq. 2
+        reach = self.lengths[rows, None]  # (n, 1): a query sees the keys [0, reach), here all of its row
+        if c.block_size:  # (n, W): here up to the end of its block
+            reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)
+        seen = torch.arange(keys, device=device) < reach.to(device)[..., None]  # (n, W or 1, S)
+        mask = None if bool((reach == keys).all()) else seen[:, None]  # attention is quicker without one
         if self.cache:
-            written = positions.masked_fill(positions < oldest[:, None], -1)
-            self.cache.at(rows.to(device), written.to(device), keys)
+            self.cache.at(rows, positions.masked_fill(positions < oldest[:, None], -1), keys)
         self.hidden = model.predicting(model(x, at.to(device), mask, self.cache), in_window)  # (N, D)
         return model.logits(self.hidden)
 
@@ -510,7 +506,7 @@ def plan(c: Config, canvas: Tensor, lengths: Tensor, s: Sampler) -> tuple[Tensor
     check(not (c.logit_shift and fill[:, 0].any()), "logit_shift: the first token of a canvas must be given")
     b = s.block_size or c.block_size or T
     first = torch.where(fill, column, T).amin(dim=1)  # (B,) the first mask
-    first = first if s.block_size and not c.block_size else first // b * b  # LLaDA: blocks count from it
+    first = first // b * b if c.block_size or not s.block_size else first  # LLaDA: blocks count from it
     turn, per_block = s.turns(column - first[:, None], b, c)
     turn = turn.masked_fill(~fill, -1)  # (B, T)
     turns = torch.arange(int(turn.max()) + 1)
@@ -527,53 +523,59 @@ class Step(NamedTuple):
     alpha: Tensor  # weight of the residual that a still masked position hands to the next step, else 0
     nfe: Tensor  # forward passes so far, all of them counted
 
+def end_rows(tokens: Tensor, turn: Tensor, j: int, c: Config) -> None:  # in place, when turn j is full
+    drawn = (turn == j) & torch.isin(tokens, torch.tensor(c.eos_ids, dtype=torch.long))  # (B, T)
+    left = drawn.any(dim=1, keepdim=True) & (turn > j)  # a row with an end token is done
+    tokens[left], turn[left] = c.pad_id, -1
+
 @torch.no_grad()
 def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), residual: Residual = Residual(),
             *, lengths: Tensor | None = None, reference: Transformer | None = None,
             generator: Generator | None = None) -> Iterator[Step]:
     """Algorithm 2: fill every [MASK] of canvas (B, T), yielding a Step after each commit (no mask: none).
 
+    Block by block, until no mask is left: mix e (Eq. 2), read it, commit the surest cells, and turn what is
+    predicted for the others into the residual of the next step (Eq. 3 and 1). A block's first step has none
+    (cold start), or that of a pass of the reference, which commits nothing (warm).
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
     change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
     what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
-    s, c, E, canvas, shape = sampler, model.config, model.embedding, canvas.cpu(), canvas.shape
-    check(len(shape) == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
-    lengths = torch.full((len(canvas),), shape[1]) if lengths is None else lengths.cpu()
-    for m in (model, reference) if s.carry == "residual" and s.start == "warm" else (model,):
+    s, c, E, carries = sampler, model.config, model.embedding, sampler.carry == "residual"
+    check(canvas.dim() == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
+    canvas, (B, T) = canvas.cpu(), canvas.shape
+    lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
+    for m in (model, reference) if carries and s.start == "warm" else (model,):
         check(m is not None, "start=warm needs the reference model: give it, or choose start=cold")
-        check(shape[1] <= m.config.max_len, f"the canvas is longer than max_len={m.config.max_len}")
+        check(T <= m.config.max_len, f"the canvas is longer than max_len={m.config.max_len}")
         check_reference(model, m)
-    turn, begin, end, steps = plan(c, canvas, lengths, s)
-    tokens = canvas.masked_fill(torch.arange(shape[1]) >= lengths[:, None], c.pad_id)  # (B, T)
-    read = s.reader(model, tokens, lengths, s.block_size or c.block_size or shape[1], turn >= 0)
-    start_readers = s.start_readers(read, reference, generator) if s.carry == "residual" else []
-    nfe, ended = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)  # (B,)
-    def on_canvas(cells: Tensor, values: Tensor) -> Tensor:
-        return values.new_zeros(shape).index_put(tuple(cells.T.to(values.device)), values)  # (B, T)
-    for j in range(steps.shape[1]):  # block by block, the rows side by side
-        block, steps_left = (begin[:, j], end[:, j]), steps[:, j].clone()  # (B,) each
-        cells = ((turn == j) & ~ended[:, None]).nonzero()  # (N, 2): the masks of the block
+    turn, begin, end, steps_left = plan(c, canvas, lengths, s)
+    tokens = canvas.masked_fill(torch.arange(T) >= lengths[:, None], c.pad_id)  # (B, T)
+    read = s.reader(model, tokens, lengths, s.block_size or c.block_size or T, turn >= 0)
+    start_readers = s.start_readers(read, reference, generator) if carries else []
+    nfe = torch.zeros_like(lengths)  # (B,)
+    def on_canvas(cells: Tensor, values: Tensor) -> Tensor:  # for the record: (N, 2), (N,) -> (B, T)
+        return values.new_zeros(B, T).index_put(tuple(cells.T.to(values.device)), values)
+    for j in range(begin.shape[1]):  # block by block, the rows side by side
+        block, cells = (begin[:, j], end[:, j]), (turn == j).nonzero()  # (N, 2): the masks of the block
         alpha = delta = None  # cold start: the first pass is an ordinary one
         for start_read in start_readers if len(cells) else []:  # warm start
             nfe[cells[:, 0].unique()] += start_read.passes
             alpha, delta = residual(start_read(*block, cells, alpha, delta), E)
-        while len(cells):  # the denoising loop: read, predict, commit, carry on
+        while len(cells):
             nfe[cells[:, 0].unique()] += read.passes
-            logits = read(*block, cells, alpha, delta)  # (N, V): Eq. 2, then a forward pass
+            logits = read(*block, cells, alpha, delta)  # Eq. 2, then a forward pass: (N, V)
             token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
-            masks = cells[:, 0].bincount(minlength=len(nfe))  # (B,) still masked
-            quota = -(-masks // steps_left.clamp(min=1))  # (B,) the least to commit: masks / steps left
+            masks = cells[:, 0].bincount(minlength=B)  # (B,) still masked
+            quota = -(-masks // steps_left[:, j].clamp(min=1))  # (B,) commit masks / steps left, rounded up
             commit = RULES[s.rule](Candidates(*cells.T, confidence, quota, logits, generator, read), s)
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)
-            cells, left, steps_left = cells[~commit], (~commit).nonzero()[:, 0].to(E.device), steps_left - 1
-            carried = torch.zeros(shape, device=E.device)  # alpha, only for the record
-            if s.carry == "residual" and len(cells):
-                alpha, delta = residual(logits[left], E)  # Eq. 3 and 1, only for what Eq. 2 will read
-                carried = on_canvas(cells, alpha)
-            if not len(cells) and c.eos_ids:  # the turn is full: rows that drew an end token are done
-                ended |= ((turn == j) & torch.isin(tokens, torch.tensor(c.eos_ids))).any(dim=1)
-                tokens[ended[:, None] & (turn > j)] = c.pad_id
+            cells, steps_left[:, j] = cells[~commit], steps_left[:, j] - 1
+            if carries:
+                alpha, delta = residual(logits[~commit], E)  # Eq. 3 and 1, only for what Eq. 2 will read
+            carried = on_canvas(cells, alpha if carries else torch.zeros(len(cells), device=E.device))
+            if not len(cells):
+                end_rows(tokens, turn, j, c)
             number = int(begin[0, j] - begin[0, 0]) // read.b  # a block may take several turns
             yield Step(number, tokens.clone(), committed, shown, carried, nfe.clone())
 
@@ -582,11 +584,9 @@ def canvas_for(c: Config, prompts: list[list[int]], max_new: int, block_size: in
     check(max_new > 0 and len(prompts) > 0, f"max_new={max_new} and {len(prompts)} prompts: at least 1 each")
     check(not any(c.mask_id in p for p in prompts), "a prompt holds the mask token: denoise() fills a canvas")
     b = (block_size or c.block_size) if c.block_size else 1
-    lengths = torch.tensor([-(-(len(prompt) + max_new) // b) * b for prompt in prompts])
-    canvas = torch.full((len(prompts), int(lengths.max())), c.mask_id)
-    for row, prompt in zip(canvas, prompts):
-        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-    return canvas, lengths
+    lengths = [-(-(len(prompt) + max_new) // b) * b for prompt in prompts]
+    canvas = [[*prompt] + [c.mask_id] * (max(lengths) - len(prompt)) for prompt in prompts]
+    return torch.tensor(canvas), torch.tensor(lengths)
 
 def generate(model: Transformer, prompts: list[list[int]], max_new: int, sampler: Sampler = Sampler(),
              residual: Residual = Residual(), *, reference: Transformer | None = None,

@@ -218,15 +218,15 @@ def test_cache_in_pieces_gives_what_a_whole_forward_gives(tiny):
 def test_cache_keeps_by_row_and_position():
     c = Config(n_layer=2, n_head=2, n_kv_head=1, head_dim=2)
     cache = rcd.KVCache(c, 3, 5, like=torch.zeros(()))
-    k = torch.arange(8.0).view(2, 2, 1, 2) + 1  # (2 rows, 2 positions, 1 head, width 2)
+    k = torch.arange(8.0).view(2, 1, 2, 2) + 1  # (2 rows, 1 head, 2 positions, width 2)
     cache.at(torch.tensor([0, 2]), torch.tensor([[-1, 0], [1, 2]]), 3)
     keys, values = cache.update(1, k, -k)
     # Position -1 of row 0 is padding: no one sees it.
-    assert keys[:, :, 0].tolist() == [[[3, 4], [0, 0], [0, 0]], [[0, 0], [5, 6], [7, 8]]]
+    assert keys[:, 0].tolist() == [[[3, 4], [0, 0], [0, 0]], [[0, 0], [5, 6], [7, 8]]]
     assert torch.equal(values, -keys)
     cache.at(torch.arange(3), torch.ones(3, 1, dtype=torch.long), 5)
     keys, _ = cache.update(1, torch.full((3, 1, 1, 2), 9.0), torch.zeros(3, 1, 1, 2))
-    assert keys[:, :, 0, 0].tolist() == [[3, 9, 0, 0, 0], [0, 9, 0, 0, 0], [0, 9, 7, 0, 0]]
+    assert keys[:, 0, :, 0].tolist() == [[3, 9, 0, 0, 0], [0, 9, 0, 0, 0], [0, 9, 7, 0, 0]]
     assert not cache.k[0].any()  # the other layer has its own
 
 
@@ -259,13 +259,14 @@ def test_padding_rows_of_a_matrix_product_leave_no_trace(tiny, n):
     """A product meets few sizes, of at most an eighth more rows. Its result is that of the n rows."""
     model, rows, sizes = tiny(), torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), []
 
-    def product(x):
-        sizes.append(len(x))
-        return 2 * x
+    class Twice:
+        def __rmatmul__(self, x):
+            sizes.append(len(x))
+            return 2 * x
 
-    assert torch.equal(rcd.padded(product, rows), 2 * rows)
+    assert torch.equal(rcd.matmul(rows, Twice()), 2 * rows)
     assert sizes[0] - n < max(1, n / 8) and (n <= 512 or sizes[0] % 64 == 0) and (n > 512 or sizes[0] == n)
-    assert rcd.padded(product, rows.to("meta")).shape == (n, 16) and sizes[1] == n  # only on a CPU
+    assert rcd.matmul(rows.to("meta"), Twice()).shape == (n, 16) and sizes[1] == n  # only on a CPU
     logits = model.logits(rows)
     torch.testing.assert_close(logits, torch.cat([model.logits(row[None]) for row in rows]))
     delta = rcd.Residual()(logits, model.embedding)[1]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from rcd import (CHUNK, RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, Transformer, by_rows,
-                 check, padded, softmax, tile)  # fmt: skip
+                 check, matmul, softmax, tile)  # fmt: skip
 from zoo import dream, fastdllm, llada, rivals, speed
 
 DEPTH = 256  # tokens that residual_epsilon looks at: a row that needs more takes the exact product
@@ -267,7 +267,7 @@ class Carry(Residual):
             bags = F.embedding_bag(ids[taken], E, begin, per_sample_weights=p[taken], mode="sum")  # (f, D)
             delta = E.new_zeros(len(logits), E.shape[1]).index_put((enough,), bags)
             if len(whole):  # the exact product
-                delta = delta.index_put((~enough,), padded(lambda p: p @ E, whole).to(E.dtype))
+                delta = delta.index_put((~enough,), matmul(whole, E).to(E.dtype))
             return alpha, delta
 
         return by_rows(chunk, CHUNK // logits.shape[1], logits)
