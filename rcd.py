@@ -95,12 +95,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 class KVCache:
-    """Keys and values by position. Exact: a finished block sees no later one, so its keys are final. The open
-    block is written at every step, and once more, free of masks, at the first step of the next."""
+    """Keys and values by position. Exact if block-causal: a finished block sees no later one, so its keys are
+    final. The open block is written at every step, and once more, free of masks, at the next one's first."""
     def __init__(self, c: Config, B: int, T: int, like: Tensor):  # column T, index -1, takes the padding
         self.k, self.v = (like.new_zeros(c.n_layer, B, T + 1, c.n_kv_head, c.head_dim) for _ in range(2))
     def at(self, rows: Tensor, positions: Tensor, stop: int) -> None:
-        """The next forward writes positions (n, W), -1 = padding, of rows (n,) and sees keys [0, stop)."""
+        """The next forward writes positions (n, W), -1 = padding, of rows (n,) and gets keys [0, stop)."""
         self.rows, self.positions, self.stop = rows.to(self.k.device), positions.to(self.k.device), stop
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (n, G, W, K); return all keys and values of these rows, each (n, G, stop, K)."""
@@ -248,7 +248,7 @@ def softmax(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     return z, z.softmax(-1)
 
 def entropy_of(z: Tensor, p: Tensor) -> Tensor:
-    """H(p) (n,) in nats of z and p = softmax(z), both (n, V): log sum exp(z) - sum p z."""
+    """z and p = softmax(z) (n, V) -> H (n,) in nats: -sum p log p = log sum exp(z) - sum p z."""
     log_sum_exp = z.amax(-1) - p.amax(-1).log()  # log p = z - log sum exp(z), here of the likeliest token
     return (log_sum_exp - (p * z).sum(-1)).clamp(min=0)
 
@@ -273,7 +273,7 @@ class Residual:
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Eq. 3 and 1: logits (N, V), E (V, D) -> alpha (N,) in float32, Delta (N, D) in E's dtype. grad: let
         the gradient through Delta. Alpha passes no gradient: the entropy's is infinite at p = 0."""
-        dtype = F.linear(E[:0], E[:0]).dtype  # what a product with E gives, also under autocast
+        dtype = F.linear(E[:0], E[:0]).dtype  # p is cast to what p @ E is computed in: E's, or autocast's
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:  # (n, V)
             alpha, p = by_rows(lambda rows: self.alpha_and_p(rows, dtype), tile(logits), logits)
             return alpha, matmul(p, E).to(E.dtype)  # Eq. 1: p·E, the soft embeddings (n, D)
@@ -302,7 +302,7 @@ class Noised(NamedTuple):
     cells: tuple[Tensor, Tensor]  # the N masked cells
     uniform: Tensor  # (B, 2) draws: how much earlier; whether a residual is absent (zoo/recipes.py)
 
-# Where stage 2 gets its residual from: alpha (N,) and Delta (N, D) at the masked cells.
+# Where stage 2 gets alpha (N,) and Delta (N, D) of the masked cells; train.py's default: trajectory_step.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
 
 def reference_context(reference: Transformer, residual: Residual) -> Context:
@@ -360,14 +360,14 @@ def token_losses(model: Transformer, hidden: Tensor, targets: Tensor, also: Call
 
 def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: Tensor, delta: Tensor,
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
-    """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads the target's own
-    residual of the step before, alpha (B, T), delta (B, T, D), where tokens (B, T) are masked. -> these N
-    cells, and at them -log p(truth), the next alpha, Delta, the confidence by which Trajectories commits."""
+    """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads tokens (B, T),
+    the truth, but where masked the target's own residual of the step before, alpha (B, T), delta (B, T, D).
+    -> these N cells, and at them -log p(truth), next alpha, Delta, the confidence by which it commits."""
     cells, E = masked.nonzero(as_tuple=True), model.embedding
     x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
     x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
     hidden = model.predicting(denoiser_hidden(model, x, tokens, positions), cells)  # (N, D)
-    def carry(logits: Tensor) -> tuple[Tensor, ...]:  # Eq. 3 and 1, and confidence
+    def carry(logits: Tensor) -> tuple[Tensor, ...]:  # alpha, Delta and confidence
         return *residual(logits, E, grad), predict(logits.detach(), Sampler(), None)[1]
     return cells, *token_losses(model, hidden, tokens[cells], carry)
 
@@ -452,8 +452,8 @@ class Reader:
         self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the block read last; -1: read all
         self.cache = KVCache(c, *tokens.shape, model.head) if cached or c.block_size else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, and at
-        its first step the block before: its keys are still of masks. Sets last_begin: once a forward."""
+        """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, at its
+        first step all from the block read last on: its keys are still of masks. Call it once a forward."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
@@ -539,7 +539,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     (cold start), or that of a pass of the reference, which commits nothing (warm).
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
     change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
-    what follows becomes pad_id. Raises ValueError for a canvas that does not fit the model."""
+    the masks of later ones become pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, carries = sampler, model.config, model.embedding, sampler.carry == "residual"
     check(canvas.dim() == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
     canvas, (B, T) = canvas.cpu(), canvas.shape
@@ -564,7 +564,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
         while len(cells):
             nfe[cells[:, 0].unique()] += read.passes
             logits = read(*block, cells, alpha, delta)  # Eq. 2, then a forward pass: (N, V)
-            token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits only here
+            token, confidence = (x.cpu() for x in predict(logits, s, generator))  # the host waits here
             masks = cells[:, 0].bincount(minlength=B)  # (B,) still masked
             quota = -(-masks // steps_left[:, j].clamp(min=1))  # (B,) commit masks / steps left, rounded up
             commit = RULES[s.rule](Candidates(*cells.T, confidence, quota, logits, generator, read), s)
