@@ -286,7 +286,7 @@ class Residual:
         return alpha, (p if self.t_res == 1 else softmax(logits)[1]).to(dtype)
 
 def mix(x: Tensor, cells: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, mask_embedding: Tensor):
-    """Eq. 2 at the cells of x (B, T, D): alpha (N,), delta (N, D), mask_embedding (D,) -> (B, T, D)."""
+    """Eq. 2, (1 - alpha) E[MASK] + alpha Delta, at the cells of x (B, T, D). alpha (N,), delta (N, D)."""
     soft = torch.lerp(mask_embedding.expand_as(delta), delta, alpha[:, None].to(delta.dtype))  # (N, D)
     return x.index_put(cells, soft.to(x.dtype))
 
@@ -299,10 +299,10 @@ class Noised(NamedTuple):
     t: Tensor  # (B, T) or (B, 1) noise level
     noise: Tensor  # (B, T) uniform draws behind the mask
     x: Tensor  # (B, T) ids with masks
-    cells: tuple[Tensor, Tensor]  # the N masked cells
+    cells: tuple[Tensor, Tensor]  # row and column of the N masked cells, (N,) each
     uniform: Tensor  # (B, 2) draws: how much earlier; whether a residual is absent (zoo/recipes.py)
 
-# Where stage 2 gets alpha (N,) and Delta (N, D) of the masked cells; train.py's default: trajectory_step.
+# Where diffusion_loss gets alpha (N,), Delta (N, D). train.py's default is no Context but trajectory_step.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
 
 def reference_context(reference: Transformer, residual: Residual) -> Context:
@@ -362,7 +362,7 @@ def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: T
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
     """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads tokens (B, T),
     the truth, but where masked the target's own residual of the step before, alpha (B, T), delta (B, T, D).
-    -> these N cells, and at them -log p(truth), next alpha, Delta, the confidence by which it commits."""
+    -> these N cells; there -log p(truth), next alpha, Delta, confidence by which Trajectories commits."""
     cells, E = masked.nonzero(as_tuple=True), model.embedding
     x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
     x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
@@ -397,7 +397,7 @@ def static(c: Candidates, s: "Sampler") -> Tensor:
     return c.best(c.confidence)
 
 def threshold(c: Candidates, s: "Sampler") -> Tensor:
-    """The paper's experiments: every confidence above a threshold, and at least the quota."""
+    """The paper's experiments: every confidence above a threshold, and at least the quota: 1 if steps=0."""
     return c.best(c.confidence) | (c.confidence > s.threshold)
 
 # The commit rules: which cells to fix now, (N,) bool. zoo/decoding.py has more.
@@ -538,7 +538,7 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     predicted for the others into the residual of the next step (Eq. 3 and 1). A block's first step has none
     (cold start), or that of a pass of the reference, which commits nothing (warm).
     lengths (B,): tokens of each row, the rest is padding; None = T. Given tokens may stand anywhere and never
-    change. Rows are independent. A row that drew an end token is done when its block or sub-block is full;
+    change. No row sees another. A row that drew an end token is done when its block or sub-block is full;
     the masks of later ones become pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, carries = sampler, model.config, model.embedding, sampler.carry == "residual"
     check(canvas.dim() == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
