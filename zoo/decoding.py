@@ -64,23 +64,21 @@ def top_1(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones(len(logits), device=E.device), E[logits.argmax(-1)]
 
 
-def likeliest(x: Tensor, k: int, epsilon: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row of x (N, V), the largest first, and their ids, both (n, k), and which n rows.
+def likeliest(p: Tensor, k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest tokens of each row of p (N, V): their p, the largest first, and ids, both (n, k), and
+    which n rows.
 
-    It is quicker than one sort over V = 151,936: each of the k largest lies in one of the k groups of 32 with
-    the largest maxima. A row of p is left out if more than epsilon lies outside of its k likeliest tokens by
-    the maxima of the other groups alone."""
-    rows = torch.arange(len(x), device=x.device)
-    if x.shape[1] <= GROUP * k:
-        return *x.topk(min(k, x.shape[1])), rows
-    if x.shape[1] % GROUP:
-        x = F.pad(x, (0, -x.shape[1] % GROUP), value=-math.inf if epsilon == math.inf else 0)
-    highest = x.unflatten(-1, (-1, GROUP)).amax(-1)  # (N, V / 32)
+    Each of these tokens lies in one of the k groups of 32 with the largest maxima. A row is left out if the
+    maxima of its other groups already sum up to more than epsilon."""
+    if p.shape[1] <= GROUP * k:
+        return *p.topk(min(k, p.shape[1])), torch.arange(len(p), device=p.device)
+    if p.shape[1] % GROUP:
+        p = F.pad(p, (0, -p.shape[1] % GROUP))
+    highest = p.unflatten(-1, (-1, GROUP)).amax(-1)  # (N, V / 32)
     best = highest.topk(k, sorted=False)
-    if epsilon < math.inf:
-        rows = (highest.sum(-1) - best.values.sum(-1) <= epsilon).nonzero()[:, 0]
-    ids = best.indices[rows, :, None] * GROUP + torch.arange(GROUP, device=x.device)  # (n, k, 32)
-    values, at = x[rows[:, None], ids.flatten(1)].topk(k)
+    rows = (highest.sum(-1) - best.values.sum(-1) <= epsilon).nonzero()[:, 0]
+    ids = best.indices[rows, :, None] * GROUP + torch.arange(GROUP, device=p.device)  # (n, k, 32)
+    values, at = p[rows[:, None], ids.flatten(1)].topk(k)
     return values, ids.flatten(1).gather(1, at), rows
 
 
@@ -236,13 +234,12 @@ class Carry(Residual):
 
     def top(self, logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
         """residual_top_k: each row takes its k likeliest tokens. logits (N, V), E (V, D) -> (N,), (N, D)."""
-
-        def rows(logits: Tensor) -> tuple[Tensor, ...]:  # (n, V)
-            alpha, p = self.alpha_and_p(logits, torch.float32)
-            return alpha, *likeliest(p, self.residual_top_k)[:2]
-
-        alpha, p, ids = by_rows(rows, tile(logits), logits)
-        p = (p / p.sum(-1, keepdim=True)).to(E.dtype)  # (N, k)
+        if self.weight in ("fixed", "one"):  # these read no p
+            alpha = WEIGHTS[self.weight](logits.float()[:, :1], None, self)
+        else:
+            (alpha,) = by_rows(lambda z: self.alpha_and_p(z, torch.float32)[:1], tile(logits), logits)
+        top, ids = logits.topk(self.residual_top_k)  # (N, k)
+        p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
         return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")
 
     def fewest(self, logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
