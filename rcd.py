@@ -263,7 +263,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor, "Residual"], Tensor]] = {
 class Residual:
     """The carry of RCD: logits -> alpha and Delta, which the next step mixes into its masked inputs."""
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed
-    fixed: float = 0.3  # alpha of weight=fixed
+    fixed: float = 0.3  # alpha of weight=fixed; train.py's default is fixed, 0.5
     t_res: float = 1.0  # residual temperature, of alpha alone: Delta is untempered. Algorithm 1 has 1
     weights = WEIGHTS  # no annotation: not a field
     def __post_init__(self):
@@ -302,7 +302,7 @@ class Noised(NamedTuple):
     cells: tuple[Tensor, Tensor]  # row and column of the N masked cells, (N,) each
     uniform: Tensor  # (B, 2) draws: how much earlier; whether a residual is absent (zoo/recipes.py)
 
-# Where diffusion_loss gets alpha (N,), Delta (N, D). train.py's default is no Context but trajectory_step.
+# Gives diffusion_loss alpha (N,), Delta (N, D). train.py's defaults: trajectory_step, or earlier_context.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
 
 def reference_context(reference: Transformer, residual: Residual) -> Context:
@@ -362,7 +362,7 @@ def trajectory_step(model: Transformer, tokens: Tensor, masked: Tensor, alpha: T
                     residual: Residual, positions: Tensor | None = None, grad: bool = False):
     """Stage 2 without a reference (not in the paper): a denoising step that learns. It reads tokens (B, T),
     the truth, but where masked the target's own residual of the step before, alpha (B, T), delta (B, T, D).
-    -> these N cells; there -log p(truth), next alpha, Delta, confidence by which Trajectories commits."""
+    -> these N cells; there -log p(truth), next alpha, Delta, confidence: zoo/recipes.py commits by it."""
     cells, E = masked.nonzero(as_tuple=True), model.embedding
     x = model.embed_tokens(tokens.masked_fill(masked, model.config.mask_id))  # (B, T, D)
     x = mix(x, cells, alpha[cells], delta[cells].to(E.dtype), E[model.config.mask_id])  # Eq. 2
@@ -452,12 +452,12 @@ class Reader:
         self.last_begin = torch.full_like(lengths, -1)  # (B,) begin of the block read last; -1: read all
         self.cache = KVCache(c, *tokens.shape, model.head) if cached or c.block_size else None
     def window(self, rows: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [oldest, stop), (n,) each, that rows (n,) read now: all; with a cache this block, at its
-        first step all from the block read last on: its keys are still of masks. Call it once a forward."""
+        """Positions [oldest, stop), (n,) each, that rows (n,) read: all; with a cache this block (logit_shift
+        also the token before), at its first step also the block read last, whose keys are still of masks."""
         if self.cache is None:
             return torch.zeros_like(begin), torch.full_like(end, self.tokens.shape[1])
         oldest = torch.minimum(begin - int(self.model.config.logit_shift), self.last_begin[rows]).clamp(min=0)
-        self.last_begin[rows] = begin  # its keys hold masks until the next block's first forward
+        self.last_begin[rows] = begin  # so this is called once a forward
         return oldest, end
     def frame(self, begin: Tensor, end: Tensor, cells: Tensor):
         """-> rows (n,) with cells; index (N,), where in rows each cell lies; oldest, stop (n,); W; S."""
