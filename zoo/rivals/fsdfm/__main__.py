@@ -55,7 +55,7 @@ class Train:
     few_steps: int = 2000  # optimiser steps of stage few
     batch_size: int = 64  # canvases per optimiser step
     lr: float = 1e-3  # peak learning rate of stage dfm
-    few_lr: float = 3e-4  # peak learning rate of stage few
+    few_lr: float = 1e-3  # peak learning rate of stage few
     schedule: str = "cosine"  # cosine (to a tenth) | constant, both after the warm-up
     warmup: float = 0.05  # share of the steps in which the rate rises linearly
     weight_decay: float = 0.03  # of matrices
