@@ -42,10 +42,10 @@ def tile(logits: Tensor) -> int:
     """Rows of logits (N, V) that a softmax in float32 takes at a time."""
     return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
 
-def matmul(x: Tensor, W: Tensor) -> Tensor:
-    """x @ W. On a CPU the rows of x are padded to a multiple of 64: oneDNN keeps a kernel per number."""
+def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x). On a CPU the rows of x are padded to a multiple of 64: oneDNN keeps a kernel per number."""
     padding = -len(x) % 64 if len(x) > 512 and x.is_cpu else 0
-    return (F.pad(x, (0, 0, 0, padding)) @ W)[: len(x)] if padding else x @ W
+    return product(F.pad(x, (0, 0, 0, padding)))[: len(x)] if padding else product(x)
 
 def check(holds: bool, message: str) -> None:  # raises ValueError(message) if it does not hold
     if not holds:
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         return hidden[row, (column - 1).clamp(min=0) if self.config.logit_shift else column]
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> logits (N, V): -inf for [MASK] and padding, which nothing may draw or carry."""
-        z = matmul(hidden, self.head.T)
+        z = padded(lambda x: F.linear(x, self.head), hidden)  # no view of the table: autocast keeps its copy
         z[:, self.config.mask_id] = -math.inf
         if self.config.real_vocab:  # even an empty write makes backward copy the gradient
             z[:, self.config.real_vocab :] = -math.inf
@@ -276,7 +276,7 @@ class Residual:
         dtype = F.linear(E[:0], E[:0]).dtype  # p is cast to what p @ E is computed in: E's, or autocast's
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:  # (n, V)
             alpha, p = by_rows(lambda rows: self.alpha_and_p(rows, dtype), tile(logits), logits)
-            return alpha, matmul(p, E).to(E.dtype)  # Eq. 1: p·E, the soft embeddings (n, D)
+            return alpha, padded(lambda x: x @ E, p).to(E.dtype)  # Eq. 1: p·E, soft embeddings (n, D)
         with torch.set_grad_enabled(grad):
             return by_rows(chunk, CHUNK // logits.shape[1], logits)
     def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ class Noised(NamedTuple):
     cells: tuple[Tensor, Tensor]  # row and column of the N masked cells, (N,) each
     uniform: Tensor  # (B, 2) draws: how much earlier; whether a residual is absent (zoo/recipes.py)
 
-# Gives diffusion_loss alpha (N,), Delta (N, D). train.py's defaults: trajectory_step, or earlier_context.
+# Gives diffusion_loss alpha (N,) and Delta (N, D). train.py's default needs none: it is trajectory_step.
 Context = Callable[[Transformer, Noised], tuple[Tensor, Tensor]]
 
 def reference_context(reference: Transformer, residual: Residual) -> Context:
@@ -541,18 +541,18 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
     change. No row sees another. A row that drew an end token is done when its block or sub-block is full;
     the masks of later ones become pad_id. Raises ValueError for a canvas that does not fit the model."""
     s, c, E, carries = sampler, model.config, model.embedding, sampler.carry == "residual"
-    check(canvas.dim() == 2 and not canvas.is_floating_point(), "a canvas is ids (B, T), of an integer dtype")
-    canvas, (B, T) = canvas.cpu(), canvas.shape
+    integers = canvas.numel() and not canvas.is_floating_point()
+    check(canvas.dim() == 2 and integers, "a canvas is ids (B, T), at least one, of an integer dtype")
+    canvas, (B, T) = canvas.cpu().long(), canvas.shape
     lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
     for m in (model, reference) if carries and s.start == "warm" else (model,):
         check(m is not None, "start=warm needs the reference model: give it, or choose start=cold")
         check(T <= m.config.max_len, f"the canvas is longer than max_len={m.config.max_len}")
         check_reference(model, m)
     turn, begin, end, steps_left = plan(c, canvas, lengths, s)
-    tokens = canvas.masked_fill(torch.arange(T) >= lengths[:, None], c.pad_id)  # (B, T)
+    tokens, nfe = canvas.masked_fill(torch.arange(T) >= lengths[:, None], c.pad_id), torch.zeros_like(lengths)
     read = s.reader(model, tokens, lengths, s.block_size or c.block_size or T, turn >= 0)
     start_readers = s.start_readers(read, reference, generator) if carries else []
-    nfe = torch.zeros_like(lengths)  # (B,)
     def on_canvas(cells: Tensor, values: Tensor) -> Tensor:  # for the record: (N, 2), (N,) -> (B, T)
         return values.new_zeros(B, T).index_put(tuple(cells.T.to(values.device)), values)
     for j in range(begin.shape[1]):  # block by block, the rows side by side

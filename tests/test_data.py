@@ -75,7 +75,7 @@ def cells(dataset, split):
     if not dataset.meta.get("pairs"):
         yield from canvases(dataset, split)
         return
-    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-"
+    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+="
     digits = "12345678"[: dataset.meta["size"]]
     two = dict(zip(names, map("".join, itertools.product(digits, repeat=2)))) | {"_": "__"}
     for texts in canvases(dataset, split):
@@ -159,7 +159,9 @@ def same_up_to_names(grid):
     ("sudoku", ("--given", "20", *SMALL), 6, (2, 3), 20),
     ("sudoku", ("--pairs", "--given", "8"), 6, (2, 3), 16),
     ("sudoku", ("--pairs", "--no_boxes", "--given", "8"), 6, None, 16),
-    ("sudoku", EIGHT, 8, (2, 4), 24), ("sudoku", ("--size", "8"), 8, (2, 4), 20)])  # fmt: skip
+    ("sudoku", EIGHT, 8, (2, 4), 24), ("sudoku", (*EIGHT, "--no_boxes"), 8, None, 28),
+    ("sudoku", ("--size", "8"), 8, (2, 4), 20),
+    ("sudoku", ("--size", "8", "--no_boxes"), 8, None, 25)])  # fmt: skip
 def test_grids_are_valid_and_splits_share_none_up_to_renaming(made, name, argv, n, boxes, shown):
     dataset, classes = made(name, *argv), {}
     width = 1 + ("--pairs" in argv)  # cells of a token

@@ -6,6 +6,7 @@ import peers
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rcd
 from rcd import Config, Transformer
@@ -253,20 +254,36 @@ def test_end_tokens_are_a_tuple_whatever_they_were():
 # ---- Rows of padding
 
 
+@torch.no_grad()
+def test_autocast_casts_the_table_once(tiny):
+    """It keeps the copy of a parameter, not that of a view of one."""
+    model, copies = tiny(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(tuple(args[0].shape))
+            return func(*args, **kwargs or {})
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        for _ in range(3):
+            model.logits(torch.ones(2, 16))
+    assert copies.count(tuple(model.head.shape)) == 1
+
+
 @pytest.mark.parametrize("n", [1, 512, 513, 640, 1000])
 @torch.no_grad()
 def test_padding_rows_of_a_matrix_product_leave_no_trace(tiny, n):
     """A product meets few sizes, of at most an eighth more rows. Its result is that of the n rows."""
     model, rows, sizes = tiny(), torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), []
 
-    class Twice:
-        def __rmatmul__(self, x):
-            sizes.append(len(x))
-            return 2 * x
+    def product(x):
+        sizes.append(len(x))
+        return 2 * x
 
-    assert torch.equal(rcd.matmul(rows, Twice()), 2 * rows)
+    assert torch.equal(rcd.padded(product, rows), 2 * rows)
     assert sizes[0] - n < max(1, n / 8) and (n <= 512 or sizes[0] % 64 == 0) and (n > 512 or sizes[0] == n)
-    assert rcd.matmul(rows.to("meta"), Twice()).shape == (n, 16) and sizes[1] == n  # only on a CPU
+    assert rcd.padded(product, rows.to("meta")).shape == (n, 16) and sizes[1] == n  # only on a CPU
     logits = model.logits(rows)
     torch.testing.assert_close(logits, torch.cat([model.logits(row[None]) for row in rows]))
     delta = rcd.Residual()(logits, model.embedding)[1]

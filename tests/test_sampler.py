@@ -821,6 +821,7 @@ def test_what_does_not_fit_the_model(tiny):
         refused("reference", tiny(), [[_] * 9], Sampler(start="warm"), reference=other)
     refused("a canvas is ids", tiny(), [_] * 9)
     refused("a canvas is ids", tiny(), [[float(_)] * 9])
+    refused("a canvas is ids", tiny(), [[]])
     refused("lengths", tiny(block_size=4), [[_] * 9], lengths=torch.tensor([10]))
     with pytest.raises(ValueError, match="0 prompts"):
         generate(tiny(), [], 3)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from rcd import (CHUNK, RULES, WEIGHTS, Candidates, Config, Reader, Residual, Sampler, Transformer, by_rows,
-                 check, matmul, softmax, tile)  # fmt: skip
+                 check, padded, softmax, tile)  # fmt: skip
 from zoo import dream, fastdllm, llada, rivals, speed
 
 DEPTH = 256  # tokens that residual_epsilon looks at: a row that needs more takes the exact product
@@ -65,15 +65,15 @@ def top_1(logits: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def likeliest(p: Tensor, k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The k likeliest tokens of each row of p (N, V): their p, the largest first, and ids, both (n, k), and
-    which n rows.
+    """The k likeliest tokens, or all V, of each row of p (N, V): their p, the largest first, and ids, both
+    (n, k), and which n rows.
 
     Each of these tokens lies in one of the k groups of 32 with the largest maxima. A row is left out if the
     maxima of its other groups already sum up to more than epsilon."""
     if p.shape[1] <= GROUP * k:
         return *p.topk(min(k, p.shape[1])), torch.arange(len(p), device=p.device)
     if p.shape[1] % GROUP:
-        p = F.pad(p, (0, -p.shape[1] % GROUP))
+        p = F.pad(p, (0, -p.shape[1] % GROUP), value=-1)  # behind a p of 0: no padding is ever among the k
     highest = p.unflatten(-1, (-1, GROUP)).amax(-1)  # (N, V / 32)
     best = highest.topk(k, sorted=False)
     rows = (highest.sum(-1) - best.values.sum(-1) <= epsilon).nonzero()[:, 0]
@@ -264,7 +264,7 @@ class Carry(Residual):
             bags = F.embedding_bag(ids[taken], E, begin, per_sample_weights=p[taken], mode="sum")  # (f, D)
             delta = E.new_zeros(len(logits), E.shape[1]).index_put((enough,), bags)
             if len(whole):  # the exact product
-                delta = delta.index_put((~enough,), matmul(whole, E).to(E.dtype))
+                delta = delta.index_put((~enough,), padded(lambda p: p @ E, whole).to(E.dtype))
             return alpha, delta
 
         return by_rows(chunk, CHUNK // logits.shape[1], logits)

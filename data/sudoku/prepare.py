@@ -15,7 +15,7 @@ digits and <mask>. The model fills the empty cells, and its answer counts when i
 
 --pairs makes one token of two neighbouring cells, as a subword holds several letters: 18 tokens of 36 kinds
 instead of 36 of 6, with --size 8 32 of 64. Digits a and b of 1 to n are character n (a - 1) + b - 1 of 0 to
-9, A to Z, a to z, + and -. What a model predicts then is a joint distribution of two cells. Pairs are given
+9, A to Z, a to z, + and =. What a model predicts then is a joint distribution of two cells. Pairs are given
 or empty as a whole.
 
 Full boards are drawn by putting random digits into random tightest cells and following forced moves; boards
@@ -44,7 +44,7 @@ GIVEN = {(6, True, False): (9, 9), (6, False, False): (11, 12), (8, True, False)
          (8, False, False): (23, 25), (9, True, False): (24, 32), (9, False, False): (30, 36),
          (6, True, True): (5, 5), (6, False, True): (6, 6), (8, True, True): (11, 12),
          (8, False, True): (13, 14)}  # fmt: skip
-PAIRS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "+-"
+PAIRS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "+="
 COUNT = np.array([bits.bit_count() for bits in range(1 << 9)])
 
 
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--given goes from {least} to {most} for --size {n}{' --pairs' * args.pairs}")
     rules = Rules(n, boxes)
     kinds = PAIRS[: n * n] if args.pairs else "123456789"[:n]
-    tokenizer = CharTokenizer(kinds, ["<mask>"])  # digit d is token d - 1
+    tokenizer = CharTokenizer(kinds, ["<mask>"])  # alone, digit d is token d - 1
 
     def draws(rng: np.random.Generator) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         while True:

@@ -105,7 +105,7 @@ def report_stage(stage: str, recipe: str, r: Run, reference: str | Path) -> bool
     whole_only = o.lora or (stage == "target" and carries.name_of(recipe) in carries.LEARNED)
     sharded = o.shard == "full" or (o.shard == "auto" and too_large and not whole_only)
     version = torch.__version__  # the first to write safetensors in shards is 2.9
-    update = f"--shard=full needs torch 2.9 or newer, not {version}: update torch"
+    update = f"a model in shards needs torch 2.9 or newer, not {version}: update it, or choose --shard=none"
     check(not sharded or version >= (2, 9), update)
     if n > 1:
         why = f"a process would need {size(whole)} of {size(have)}" if o.shard == "auto" else "asked for"
