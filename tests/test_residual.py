@@ -275,6 +275,13 @@ def test_the_likeliest_tokens_by_groups_are_those_of_a_sort(V, k, group, scale, 
     assert not left_out or expected[left_out].sum(-1).max() < 1 - epsilon + 1e-6
 
 
+def test_padding_is_not_among_the_likeliest_tokens(monkeypatch):
+    """25 tokens in groups of 8, of which the last alone has a p: the others tie with what fills its group."""
+    monkeypatch.setattr(zoo.decoding, "GROUP", 8)
+    values, ids, _rows = likeliest(torch.eye(25)[24:], 3, 0.5)
+    assert values.tolist() == [[1, 0, 0]] and ids[0, 0] == 24 and ids.max() < 25
+
+
 def test_a_flat_row_is_left_out_of_the_search():
     """Of 12 equal tokens in groups of 3 two hold a sixth. By the maxima of the two other groups there is a
     sixth outside, so with 0.1 to spare no second look is needed; with 0.2 there is one."""
