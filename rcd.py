@@ -479,8 +479,8 @@ class Reader:
         reach = self.lengths[rows, None]  # (n, 1): a query sees the keys [0, reach), here all of its row
         if c.block_size:  # (n, W): here up to the end of its block
             reach = torch.minimum(stop[:, None], (at // self.b + 1) * self.b)
-        seen = torch.arange(keys, device=device) < reach.to(device)[..., None]  # (n, W or 1, S)
-        mask = None if bool((reach == keys).all()) else seen[:, None]  # attention is quicker without one
+        mask = None if bool((reach == keys).all()) else (  # attention is quicker without one
+            torch.arange(keys, device=device) < reach[:, None, :, None].to(device))  # (n, 1, W or 1, S)
         if self.cache:
             self.cache.at(rows, positions.masked_fill(positions < oldest[:, None], -1), keys)
         self.hidden = model.predicting(model(x, at.to(device), mask, self.cache), in_window)  # (N, D)
@@ -571,13 +571,13 @@ def denoise(model: Transformer, canvas: Tensor, sampler: Sampler = Sampler(), re
             tokens[tuple(cells[commit].T)] = token[commit]
             committed, shown = on_canvas(cells, commit), on_canvas(cells, confidence)
             cells, steps_left[:, j] = cells[~commit], steps_left[:, j] - 1
-            if carries:
+            if carries and len(cells):
                 alpha, delta = residual(logits[~commit], E)  # Eq. 3 and 1, only for what Eq. 2 will read
-            carried = on_canvas(cells, alpha if carries else torch.zeros(len(cells), device=E.device))
+            weight = on_canvas(cells, alpha) if carries and len(cells) else torch.zeros(B, T, device=E.device)
             if not len(cells):
                 end_rows(tokens, turn, j, c)
             number = int(begin[0, j] - begin[0, 0]) // read.b  # a block may take several turns
-            yield Step(number, tokens.clone(), committed, shown, carried, nfe.clone())
+            yield Step(number, tokens.clone(), committed, shown, weight, nfe.clone())
 
 def canvas_for(c: Config, prompts: list[list[int]], max_new: int, block_size: int = 0):
     """Canvas (B, T): each prompt and max_new masks, a block-causal model's in whole blocks. lengths (B,)."""

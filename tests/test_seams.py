@@ -74,6 +74,20 @@ def test_a_commit_rule(tiny):
     assert 0 in below and max(below) > 1  # both halves of the rule were needed
 
 
+@torch.no_grad()
+def test_a_carry_is_asked_only_where_a_mask_is_left(tiny):
+    """Not for the tokens that a step commits, nor at all after a block's last step."""
+    rows = []
+
+    def counting(logits, E, grad=False):
+        rows.append(len(logits))
+        return rcd.Residual()(logits, E)
+
+    canvas = torch.tensor([[1] + [tiny().config.mask_id] * 5])
+    steps = list(rcd.denoise(tiny(), canvas, rcd.Sampler(steps=3), counting))
+    assert rows == [3, 1] and [int((step.alpha > 0).sum()) for step in steps] == [3, 1, 0]
+
+
 def test_a_carry(tiny):
     # example
     # A carry: logits (N, V), E (V, D) -> alpha (N,), Delta (N, D). The likeliest token, weighted by its p.
