@@ -40,7 +40,7 @@ def by_rows(f: Callable[..., tuple], rows: int, *tensors: Tensor) -> tuple[Tenso
 
 def tile(logits: Tensor) -> int:
     """Rows of logits (N, V) that a softmax in float32 takes at a time."""
-    return min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1]
+    return max(1, min(CHUNK, TILE * torch.get_num_threads() if logits.is_cpu else CHUNK) // logits.shape[1])
 
 def padded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """product(x). On a CPU the rows of x are padded to a multiple of 64: oneDNN keeps a kernel per number."""
@@ -230,9 +230,8 @@ def denoiser_hidden(model: Transformer, x: Tensor, tokens: Tensor, positions: Te
     are the clean ids: a block-causal model reads them as the finished blocks before each block."""
     (B, T), b, packed = tokens.shape, model.config.block_size, positions is not None
     at = positions if packed else torch.arange(T, device=x.device)[None]  # (B or 1, T)
-    mask, rows = None, B if packed else 1
-    if b or packed:
-        mask = model.attention_mask(training_mask(at.expand(B, T), b), rows, 2 * T if b else T, x.device)
+    mask = None if not (b or packed) else model.attention_mask(
+        training_mask(at.expand(B, T), b), B if packed else 1, 2 * T if b else T, x.device)
     if not b:
         return model(x, at, mask)
     hidden = model(torch.cat([x, model.embed_tokens(tokens)], dim=1), at.repeat(1, 2), mask)  # (B, 2T, D)
@@ -275,15 +274,17 @@ class Residual:
         the gradient through Delta. Alpha passes no gradient: the entropy's is infinite at p = 0."""
         dtype = F.linear(E[:0], E[:0]).dtype  # p is cast to what p @ E is computed in: E's, or autocast's
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:  # (n, V)
-            alpha, p = by_rows(lambda rows: self.alpha_and_p(rows, dtype), tile(logits), logits)
+            p, alpha = torch.empty_like(logits, dtype=dtype), torch.empty(len(logits), device=logits.device)
+            rows = max(1, len(logits)) if grad else tile(logits)
+            for i in range(0, len(logits), rows):  # in place: to join the tiles by a copy takes as long
+                alpha[i : i + rows], p[i : i + rows] = self.alpha_and_p(logits[i : i + rows])
             return alpha, padded(lambda x: x @ E, p).to(E.dtype)  # Eq. 1: p·E, soft embeddings (n, D)
         with torch.set_grad_enabled(grad):
             return by_rows(chunk, CHUNK // logits.shape[1], logits)
-    def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """logits (n, V) -> alpha (n,), tempered by T_res, and the p (n, V) of Eq. 1, untempered, in dtype."""
+    def alpha_and_p(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (n, V) -> alpha (n,), tempered by T_res, and the p (n, V) of Eq. 1, untempered. float32."""
         z, p = softmax(logits, self.t_res)
-        alpha = WEIGHTS[self.weight](z, p, self).detach()
-        return alpha, (p if self.t_res == 1 else softmax(logits)[1]).to(dtype)
+        return WEIGHTS[self.weight](z, p, self).detach(), p if self.t_res == 1 else softmax(logits)[1]
 
 def mix(x: Tensor, cells: tuple[Tensor, Tensor], alpha: Tensor, delta: Tensor, mask_embedding: Tensor):
     """Eq. 2, (1 - alpha) E[MASK] + alpha Delta, at the cells of x (B, T, D). alpha (N,), delta (N, D)."""
@@ -315,9 +316,8 @@ def reference_context(reference: Transformer, residual: Residual) -> Context:
 def residual_of(model: Transformer, x: Tensor, n: Noised, residual: Residual, E: Tensor):
     """alpha (N,), Delta (N, D) at n.cells, from a forward of model on the ids x (B, T) without gradient."""
     with torch.no_grad():
-        hidden = denoiser_hidden(model, model.embed_tokens(x), n.tokens, n.positions)  # (B, T, D')
-        hidden = model.predicting(hidden, n.cells)  # (N, D')
-        return by_rows(lambda h: residual(model.logits(h), E), CHUNK // model.config.vocab_size, hidden)
+        h = model.predicting(denoiser_hidden(model, model.embed_tokens(x), n.tokens, n.positions), n.cells)
+        return by_rows(lambda some: residual(model.logits(some), E), CHUNK // model.config.vocab_size, h)
 
 def check_reference(model: Transformer, reference: Transformer) -> None:
     """Raises ValueError if the two do not share a vocabulary: p of the one meets E of the other."""

@@ -209,11 +209,11 @@ class Carry(Residual):
         unread = "residual_top_k and residual_epsilon must be 0"
         check(not own, f"weight={self.weight} brings its own Delta: {unread}")
 
-    def alpha_and_p(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def alpha_and_p(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if not self.temper_delta:
-            return super().alpha_and_p(logits, dtype)
+            return super().alpha_and_p(logits)
         z, p = softmax(logits, self.t_res)
-        return WEIGHTS[self.weight](z, p, self).detach(), p.to(dtype)
+        return WEIGHTS[self.weight](z, p, self).detach(), p
 
     def __call__(self, logits: Tensor, E: Tensor, grad: bool = False) -> tuple[Tensor, Tensor]:
         """As in rcd.Residual. With residual_top_k or residual_epsilon, Delta is the expectation over the
@@ -237,7 +237,7 @@ class Carry(Residual):
         if self.weight in ("fixed", "one"):  # these read no p
             alpha = WEIGHTS[self.weight](logits.float()[:, :1], None, self)
         else:
-            (alpha,) = by_rows(lambda z: self.alpha_and_p(z, torch.float32)[:1], tile(logits), logits)
+            (alpha,) = by_rows(lambda z: self.alpha_and_p(z)[:1], tile(logits), logits)
         top, ids = logits.topk(self.residual_top_k)  # (N, k)
         p = softmax(top, self.t_res if self.temper_delta else 1.0)[1].to(E.dtype)
         return alpha, F.embedding_bag(ids, E, per_sample_weights=p, mode="sum")
@@ -248,23 +248,29 @@ class Carry(Residual):
         the host waits here more often in a step: how many tokens there are, only p can say."""
         least, dtype = 1 - self.residual_epsilon, F.linear(E[:0], E[:0]).dtype
 
-        def rows(logits: Tensor) -> tuple[Tensor, ...]:  # (n, V)
-            alpha, p = self.alpha_and_p(logits, torch.float32)
-            top, ids, found = likeliest(p, DEPTH, self.residual_epsilon)  # (f, k), (f, k), (f,)
-            holds = top.sum(-1) >= least
-            enough = torch.zeros_like(alpha, dtype=torch.bool).index_put((found,), holds)  # (n,)
-            return alpha, enough, top[holds], ids[holds], p[~enough].to(dtype)
-
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:
-            alpha, enough, p, ids, whole = by_rows(rows, tile(logits), logits)
+            whole, kept = torch.empty_like(logits, dtype=dtype), 0  # p of rows that take the exact product
+
+            def rows(logits: Tensor) -> tuple[Tensor, ...]:  # (n, V)
+                nonlocal kept
+                alpha, p = self.alpha_and_p(logits)
+                top, ids, found = likeliest(p, DEPTH, self.residual_epsilon)  # (f, k), (f, k), (f,)
+                holds = top.sum(-1) >= least
+                enough = torch.zeros_like(alpha, dtype=torch.bool).index_put((found,), holds)  # (n,)
+                rest = p[~enough]
+                whole[kept : kept + len(rest)] = rest
+                kept += len(rest)
+                return alpha, enough, top[holds], ids[holds]
+
+            alpha, enough, p, ids = by_rows(rows, tile(logits), logits)
             taken = p.cumsum(-1) - p < least  # (f, k) those before hold less
             p = p * taken
             p = (p / p.sum(-1, keepdim=True)).to(E.dtype)
             begin = taken.sum(-1).cumsum(0) - taken.sum(-1)  # (f,) where the tokens of each row begin
             bags = F.embedding_bag(ids[taken], E, begin, per_sample_weights=p[taken], mode="sum")  # (f, D)
             delta = E.new_zeros(len(logits), E.shape[1]).index_put((enough,), bags)
-            if len(whole):  # the exact product
-                delta = delta.index_put((~enough,), padded(lambda p: p @ E, whole).to(E.dtype))
+            if kept:  # the exact product
+                delta = delta.index_put((~enough,), padded(lambda p: p @ E, whole[:kept]).to(E.dtype))
             return alpha, delta
 
         return by_rows(chunk, CHUNK // logits.shape[1], logits)
