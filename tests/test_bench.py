@@ -126,7 +126,19 @@ def test_ratios_are_of_pairs_that_ran_in_turn_after_a_round_that_does_not_count(
 
 def test_a_peak_is_the_works_own_and_not_its_parents():
     here = np.ones(40_000_000)  # 320 MB
-    assert 90e6 <= bench.peak(np.ones, 12_500_000) < 150e6 < here.nbytes
+    assert 90e6 <= bench.peak(bench.resident, np.ones, 12_500_000) < 150e6 < here.nbytes
+
+
+def three_at_most() -> None:
+    a = torch.ones(1 << 20)  # 4 MiB
+    b = a + 1
+    b = b * 2  # the old b is alive while the new one is made
+    del a, b
+    torch.ones(1 << 20)
+
+
+def test_tensors_are_counted_while_they_are_alive():
+    assert bench.peak(bench.tensors, three_at_most) >> 20 == 12
 
 
 def test_predictions_by_hand():
