@@ -15,6 +15,7 @@ import itertools
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,8 @@ def together(main: Callable[[], None], go_on: str = "") -> Callable[[], None]:
                 sys.stderr = sys.__stderr__
             raise
         finally:
-            dist.destroy_process_group()
+            time.sleep(0.1)  # a thread of the group that frees its last tensor wants Python's lock, which the
+            dist.destroy_process_group()  # next line may hold until that thread has ended (torch 2.6)
 
     return joined if environment("WORLD_SIZE") > 1 else main
 
