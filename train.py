@@ -62,9 +62,9 @@ class Train:
     # (its own, of an earlier state of the canvas) | trajectory (its own, of the denoising step before);
     # or another paper's, of zoo/rivals: soft-mask | loopholing | relay | gemma | loop (NAME-trajectory trains
     # them like trajectory) | scmdm; default: trajectory below 64 tokens to fill, else earlier
-    absent: float = 0.0  # share of rows without a residual, as in a cold start (trajectories start without
-    # one anyway); default of earlier: 0.3, of another paper's: its own
+    absent: float = 0.0  # share of rows without a residual (not on trajectories); default: by recipe
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
+    budget: int = 0  # recipe trajectory: most steps of a canvas, 0 = one a token; default: 8 if it has 32
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model
@@ -145,7 +145,7 @@ def residual_source(recipe: str, r: models.Run, model, reference, rows: list[int
         context = earlier_context(r.residual)
     elif rivals.carries.on_trajectories(recipe):  # from the denoising step before, as in sampling
         given = r.dataset.packed("train"), o.window, o.weighting == "1/t", rivals.carries.step_of(recipe)
-        return None, [SharedTrajectories(model.config, n, r.length, r.device, *given)
+        return None, [SharedTrajectories(model.config, n, r.length, r.device, *given, o.budget)
                       for _ in range(o.buffer) for n in rows]  # fmt: skip
     elif recipe in rivals.RECIPES:  # another paper's, mostly from the model itself, which reads the same x_t
         context = rivals.carries.context_of(recipe, r.residual)

@@ -280,17 +280,18 @@ def test_the_recipe_that_is_not_named(tmp_path):
     def examples(answer: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((2, 80), np.uint16), np.arange(80) < np.full((2, 1), answer)
 
-    short, long = opened("short", "gsm8k", examples(63)), opened("long", "gsm8k", examples(64))
+    few, short, long = (opened(str(n), "gsm8k", examples(n)) for n in (31, 32, 64))
     stream = opened("stream", "shakespeare_char", np.zeros(200, np.uint16))
     half = {"weight": "fixed", "fixed": 0.5}
     trajectory = {"recipe": "trajectory", **half, "absent": 0.0}
     earlier = {"recipe": "earlier", **half, "absent": 0.3}
     paper = {"recipe": "paper", "weight": "entropy", "absent": 0.0}
-    for typed, dataset, expected, test_items in (
-        ({}, short, trajectory, 500), ({}, long, earlier, 16), ({}, stream, earlier, 16),
-        ({"reference": "x"}, short, paper, 500), ({"recipe": "paper"}, long, paper, 16),
+    for typed, dataset, expected, budget, test_items in (
+        ({}, few, trajectory, 0, 500), ({}, short, trajectory, 8, 500), ({}, long, earlier, 8, 16),
+        ({}, stream, earlier, 8, 16), ({"reference": "x"}, few, paper, 0, 500),
+        ({"recipe": "paper"}, long, paper, 8, 16),
     ):  # fmt: skip
-        assert checks.implied(typed, dataset) == {**expected, "test_items": test_items}
+        assert checks.implied(typed, dataset) == {**expected, "budget": budget, "test_items": test_items}
 
 
 def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):

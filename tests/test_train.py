@@ -646,17 +646,19 @@ def literal_logits(model: Transformer, x: torch.Tensor, tokens: torch.Tensor) ->
     return model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*x.shape[:2], -1).detach()
 
 
-@pytest.mark.parametrize("block_size, packed, most", [
-    (0, False, (5, 8, 4)), (0, True, (3, 8, 4)), (4, False, (4, 4, 4)), (4, True, (3, 4, 4)),
+@pytest.mark.parametrize("block_size, packed, budget, most", [
+    (0, False, 0, (5, 8, 4)), (0, True, 0, (3, 8, 4)), (4, False, 0, (4, 4, 4)), (4, True, 0, (3, 4, 4)),
+    (0, False, 5, (5, 5, 4)), (4, True, 2, (2, 2, 2)),
 ])  # fmt: skip
-def test_budgets_lie_between_two_steps_and_one_token_a_step_of_the_largest_block(block_size, packed, most):
+def test_budgets_lie_between_two_steps_and_one_token_a_step_of_the_largest_block(
+        block_size, packed, budget, most):  # fmt: skip
     c = Config(**SMALL, n_layer=1, block_size=block_size)
     model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
     response = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]]).bool()
     segments = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2], [1] * 8, [1] * 6 + [0] * 2]) if packed else None
     batch = torch.zeros(3, 8, dtype=torch.long), response, positions_of(segments)
     many = tuple(x if x is None else x.repeat(200, 1) for x in batch)
-    trajectories = Trajectories(c, 600, 8, packed=packed)
+    trajectories = Trajectories(c, 600, 8, packed=packed, budget=budget)
     with torch.no_grad():
         trajectories.loss(model, lambda n: many, Residual(), torch.Generator().manual_seed(0))
     budgets = (trajectories.state["left"] + 1).view(200, 3)  # the first step is done

@@ -52,13 +52,14 @@ class Trajectories:
     window: so many steps of each trajectory make one training step, and the gradient flows back through Delta
     within it; 1 = not at all. bound: a masked token weighs 1/t, so that each state of a canvas has the same
     weight; else all masked tokens have. advance: what a step reads and hands on (zoo/rivals/carries.py has
-    another).
+    another). budget: a canvas is full after 2 to so many steps, 0 = to one a token. Fewer steps show more
+    canvases.
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
                  packed: bool = False, window: int = 1, bound: bool = True,
-                 advance: Callable = trajectory_step):  # fmt: skip
-        self.window, self.bound, self.advance = window, bound, advance
+                 advance: Callable = trajectory_step, budget: int = 0):  # fmt: skip
+        self.window, self.bound, self.advance, self.budget = window, bound, advance, budget
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -110,7 +111,8 @@ class Trajectories:
             return zeros.index_add_(0, group.flatten(), cells.flatten().long())
 
         if len(empty):
-            most = count(s["masked"], block).view(B, T).amax(1)[empty].clamp(min=2)  # of the largest block
+            most = count(s["masked"], block).view(B, T).amax(1)[empty]  # of the largest block
+            most = most.clamp(max=self.budget or T).clamp(min=2)
             u, v, w = self.draws(len(empty), generator)
             s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1

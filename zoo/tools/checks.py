@@ -4,6 +4,7 @@
 """
 
 import errno
+import math
 import shlex
 import shutil
 import sys
@@ -31,10 +32,11 @@ from zoo.tools import distributed
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
         "test_items", "options", "log", "plan", "shard", "offload", "save_every"}  # fmt: skip
 # Stage -> the options that only later stages read.
-LATER = {"target": set(), "reference": {"recipe", "absent", "buffer", "window", "reference"}}
+LATER = {"target": set(), "reference": {"recipe", "absent", "buffer", "budget", "window", "reference"}}
 LATER["reference"] |= {f.name for f in fields(Carry)}
 LATER["base"] = LATER["reference"] | {"steps", "weighting", "lora"}
-EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32", "residual_epsilon": 0.0}  # of versions without
+# What versions did that had no such option.
+EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32", "residual_epsilon": 0.0, "budget": 0}
 
 
 def command(resume: bool = False, program: str = "train.py") -> str:
@@ -100,11 +102,13 @@ RECIPES = {
 def implied(typed: dict, dataset) -> dict:
     """Defaults that the typed options and the data.Dataset imply.
 
-    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few.
+    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few of
+    them. So from 32 tokens to fill it is cut short, from 64 there are none.
     Raises ValueError for a weight and a recipe that do not go together.
     """
     response = dataset.response("train")
-    short = response is not None and response[:1024].sum(1).mean() < 64
+    to_fill = math.inf if response is None else response[:1024].sum(1).mean()
+    short, budget = to_fill < 64, 8 if to_fill >= 32 else 0
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
     own, weight = carries.name_of(recipe) in carries.OWN, typed.get("weight", "")
     check(own or weight != "learned", f"weight=learned is for recipes that train a carry, not {recipe}")
@@ -112,7 +116,8 @@ def implied(typed: dict, dataset) -> dict:
     check(weight != "remix" or typed.get("window", 1) == 1,
           "weight=remix passes no gradient on: it goes with --window=1")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
-    return {"recipe": recipe, **RECIPES.get(recipe, {}), "absent": absent, "test_items": test_items}
+    more = {"absent": absent, "budget": budget, "test_items": test_items}
+    return {"recipe": recipe, **RECIPES.get(recipe, {}), **more}
 
 
 # The largest values of what is built or run one by one, and of shares. The memory estimate bounds the rest.
@@ -158,6 +163,7 @@ def check_options(o, block_size: int) -> None:
         (min(o.window, o.buffer) < 1, f"window={o.window} and buffer={o.buffer} must be at least 1"),
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
+        (o.budget == 1, "budget=1: a trajectory has at least 2 steps, or with 0 one a token"),
         (o.window > 1 and not trajectory, f"--window is read by recipes on trajectories, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),

@@ -196,7 +196,7 @@ class SharedTrajectories(Trajectories):
     process 0 first, as one process would draw them. Each reads its own."""
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu", *how):
-        """how: packed, window, bound, advance of Trajectories."""
+        """how: packed, window, bound, advance, budget of Trajectories."""
         self.rows, self.mine = rows, share(rows)
         super().__init__(config, self.mine.stop - self.mine.start, length, device, *how)
 
