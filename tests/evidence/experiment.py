@@ -365,17 +365,6 @@ EXPERIMENTS |= {
         (1, 2, 4, 6, 9, 13, 20), within=(2, 3, 4, 5, 6, 8), by_curve=True,
         prepare="--pairs --size=8 --train=100000",
     ),
-    "sudoku-8": Experiment(
-        "8x8 Sudoku, 24 given, 40 cells to fill, one solution; all of the canvas must be right; the base is "
-        "trained for 1,500 steps, RCD for 2,000, SeqD for 2,200 (a step on trajectories costs 5 % more)",
-        "",
-        {"base": "--stage=base --base_steps=1500", "seqd": f"{PLAIN['seqd']} --steps=2200",
-         "rcd": f"{TRAJECTORY} --steps=2000"},
-        [replace(SEQD, more=(3, 5, 7, 8, 10, 20)), replace(RCD, more=(3, 5, 7, 8, 10, 20)),
-         *on_both("factor", SWEEPS["factor"])],
-        (1, 2, 4, 6, 9, 13, 40), within=(4, 5, 6, 8, 10, 13), by_curve=True,
-        prepare="--size=8 --given=24 --train=100000",
-    ),
     "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
     "pairs-more": with_depth(in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs")),
     "squares-pairs": in_pairs("6x6 Latin squares", 12, "--pairs --no_boxes", folder="squares-pairs"),
