@@ -3,7 +3,7 @@
     base       the plain masked loss, from scratch. --init_from=MODEL takes the place of this stage.
     reference  stage 1: the plain masked loss again, from the base. Also SeqD, the control without a residual.
     target     stage 2: from the base again, on as many tokens. It reads a residual: its own, of a step before
-               (with --weight=fixed --fixed=0.5), or by --recipe=paper, Algorithm 1, the reference's.
+               (a fixed half of it, or Eq. 3's), or by --recipe=paper, Algorithm 1, the reference's.
 
 Then a table: accuracy against forward passes, SeqD beside RCD. Each stage is a folder out/NAME/STAGE/ of
 safetensors and JSON. Ctrl-C saves. --resume goes on to the same weights, bit by bit: step i draws its batch,

@@ -287,7 +287,8 @@ def test_the_recipe_that_is_not_named(tmp_path):
     earlier = {"recipe": "earlier", **half, "absent": 0.3}
     paper = {"recipe": "paper", "weight": "entropy", "absent": 0.0}
     for typed, dataset, expected, budget, test_items in (
-        ({}, few, trajectory, 0, 500), ({}, short, trajectory, 8, 500), ({}, long, earlier, 8, 16),
+        ({}, few, trajectory, 0, 500), ({}, short, trajectory | {"weight": "entropy"}, 8, 500),
+        ({}, long, earlier, 8, 16),
         ({}, stream, earlier, 8, 16), ({"reference": "x"}, few, paper, 0, 500),
         ({"recipe": "paper"}, long, paper, 8, 16),
     ):  # fmt: skip

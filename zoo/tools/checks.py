@@ -89,8 +89,8 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
 
 
 # Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
-# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs a
-# point of accuracy where passes are many.
+# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs
+# accuracy where passes are many: a point where 27 tokens are to fill, ten where 40 are.
 RECIPES = {
     "trajectory": {"weight": "fixed", "fixed": 0.5},
     "paper": {"weight": "entropy"},
@@ -103,7 +103,7 @@ def implied(typed: dict, dataset) -> dict:
     """Defaults that the typed options and the data.Dataset imply.
 
     A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few of
-    them. So from 32 tokens to fill it is cut short, from 64 there are none.
+    them. So from 32 tokens to fill it is cut short, with the entropy's weight, and from 64 there are none.
     Raises ValueError for a weight and a recipe that do not go together.
     """
     response = dataset.response("train")
@@ -117,6 +117,7 @@ def implied(typed: dict, dataset) -> dict:
           "weight=remix passes no gradient on: it goes with --window=1")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     more = {"absent": absent, "budget": budget, "test_items": test_items}
+    more |= {"weight": "entropy"} if recipe == "trajectory" and budget else {}
     return {"recipe": recipe, **RECIPES.get(recipe, {}), **more}
 
 
