@@ -275,8 +275,8 @@ class Residual:
         dtype = F.linear(E[:0], E[:0]).dtype  # p is cast to what p @ E is computed in: E's, or autocast's
         def chunk(logits: Tensor) -> tuple[Tensor, Tensor]:  # (n, V)
             p, alpha = torch.empty_like(logits, dtype=dtype), torch.empty(len(logits), device=logits.device)
-            rows = max(1, len(logits)) if grad else tile(logits)
-            for i in range(0, len(logits), rows):  # in place: to join the tiles by a copy takes as long
+            rows = max(1, len(logits)) if grad else tile(logits)  # autograd would copy p for every tile
+            for i in range(0, len(logits), rows):  # in place: joining tiles would copy p once more
                 alpha[i : i + rows], p[i : i + rows] = self.alpha_and_p(logits[i : i + rows])
             return alpha, padded(lambda x: x @ E, p).to(E.dtype)  # Eq. 1: p·E, soft embeddings (n, D)
         with torch.set_grad_enabled(grad):

@@ -904,6 +904,8 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
     (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
     (["--buffer=0"], "window=1 and buffer=0 must be at least 1"),
+    (["--budget=1"], "budget=1: a trajectory has at least 2 steps"),
+    (["--budget=8", "--recipe=paper"], "--budget is read by recipes on trajectories, not by paper"),
     (["--init_from=x", "--stage=base"], "--stage=base trains a base from scratch"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(options, words, puzzles, tmp_path, monkeypatch, capsys):

@@ -67,6 +67,7 @@ def options_of(name: str, *groups: type) -> dict:
     for line in told:
         print(f"{path}: {line}", file=sys.stderr)
     values = {k: v for k, v in values.items() if k not in (*unknown, "resume", "overwrite", "options")}
+    values = {k: v for k, v in EARLIER.items() if values and k in kinds} | values
     for k, v in values.items():
         if type(v) is not kinds[k] and (type(v), kinds[k]) != (int, float):
             raise ValueError(f"{path} is damaged: {k}={v!r} is no {kinds[k].__name__}")
@@ -82,7 +83,7 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
     given = options_of(typed.get("options", ""), *groups)
     recipe = typed.get("recipe", "paper" if typed.get("reference") else given.get("recipe"))
     if recipe != given.get("recipe"):
-        its = ("recipe", "weight", "fixed", "absent", "window", "reference")
+        its = ("recipe", "weight", "fixed", "absent", "budget", "window", "reference")
         given = {k: v for k, v in given.items() if k not in its}
     values = given | typed
     return implied(values, dataset_of(values.get("data", groups[0].data))) | given
@@ -108,8 +109,9 @@ def implied(typed: dict, dataset) -> dict:
     """
     response = dataset.response("train")
     to_fill = math.inf if response is None else response[:1024].sum(1).mean()
-    short, budget = to_fill < 64, 8 if to_fill >= 32 else 0
+    short = to_fill < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
+    budget = 8 if to_fill >= 32 and carries.on_trajectories(recipe) else 0
     own, weight = carries.name_of(recipe) in carries.OWN, typed.get("weight", "")
     check(own or weight != "learned", f"weight=learned is for recipes that train a carry, not {recipe}")
     check(not own or weight in ("", "learned"), f"recipe={recipe} trains its own carry: leave --weight out")
@@ -165,6 +167,7 @@ def check_options(o, block_size: int) -> None:
         (o.weighting == "complementary" and trajectory and o.stage in ("all", "target"),
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
         (o.budget == 1, "budget=1: a trajectory has at least 2 steps, or with 0 one a token"),
+        (o.budget and not trajectory, f"--budget is read by recipes on trajectories, not by {o.recipe}"),
         (o.window > 1 and not trajectory, f"--window is read by recipes on trajectories, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
