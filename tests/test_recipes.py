@@ -1,6 +1,7 @@
 """zoo/recipes.py: what the model reads in stage 2 beyond Algorithm 1, noise levels, and initial weights."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import data
 import rcd
+import train
 from data.common import write_dataset
 from rcd import Config, Noised, Residual, Transformer
 from zoo.decoding import Carry
@@ -293,6 +295,10 @@ def test_the_recipe_that_is_not_named(tmp_path):
         ({"recipe": "trajectory"}, stream, trajectory | {"weight": "entropy"}, 8, 16),
     ):  # fmt: skip
         assert checks.implied(typed, dataset) == {**expected, "budget": budget, "test_items": test_items}
+
+    (tmp_path / "train.json").write_text(json.dumps({"options": {"recipe": "trajectory", "weight": "fixed"}}))
+    again = checks.defaults((train.Train, Carry), lambda name: short, {"options": str(tmp_path)})
+    assert again["budget"] == 0 and again["weight"] == "fixed"  # a version without --budget had no limit
 
 
 def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):
