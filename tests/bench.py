@@ -2,7 +2,8 @@
 
 Every row sets two things beside each other that ran in turn in the same process, A B A B ..., and gives the
 median of A / B over the pairs with its quartiles: whatever else the machine was doing hits both. A peak of
-memory is taken in a process of its own, above what that held after its imports. Weights are random. The
+memory is taken in a process of its own: of a load what is resident above what that held after its imports, of
+training the tensors that are alive. Weights are random. The
 sampler's are stored in the dtype of the matmuls, those in training are float32.
 
     step          a denoising step, RCD over SeqD, by vocabulary and masks: the second step of a block of 64
