@@ -65,6 +65,7 @@ class Train:
     absent: float = 0.0  # share of rows without a residual (not on trajectories); default: by recipe
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
     budget: int = 0  # on trajectories: most steps of a canvas, 0 = one a token; default: 8 from 32 tokens on
+    grow: bool = False  # on trajectories: from 2 steps a canvas when training begins to the budget at its end
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model
@@ -184,8 +185,8 @@ def train_stage(stage: str, r: models.Run) -> None:
             some, fresh = turn(step), lambda n, *mine: move(draw(n, generator, *mine), device)
             for i, n in enumerate(rows):
                 with autocast(device, dtype):
-                    part = functools.partial(some[i].loss, model, fresh, r.residual, noise)
-                    loss = parallel.loss(part, last=i == len(rows) - 1)
+                    given = model, fresh, r.residual, noise, step / steps if o.grow else 1.0
+                    loss = parallel.loss(functools.partial(some[i].loss, *given), last=i == len(rows) - 1)
                 yield loss * (n / o.batch_size)
             return
         pieces = split_rows(draw(o.batch_size, generator, distributed.rows_of(rows)), rows)
@@ -270,8 +271,7 @@ def main() -> None:
     root = OUT / (o.name or dataset.name)
     stages = [s for s in STAGES if o.stage in (s, "all") and not (s == "base" and o.init_from)]
     checks.check_folder(root, [] if o.plan else stages, o)
-    print(reason)
-    print(f"data {dataset.name}: {dataset.meta['splits']['train']:,} train, canvas {length}, "
+    print(f"{reason}\ndata {dataset.name}: {dataset.meta['splits']['train']:,} train, canvas {length}, "
           f"vocabulary {dataset.meta['vocab_size']}; preset {o.preset}")  # fmt: skip
     config = models.base_config(dataset, shape, preset["head_dim"], length)
     checks.check_tokens(dataset, o.init_from, o.reference if "target" in stages else "")

@@ -299,6 +299,7 @@ def test_the_recipe_that_is_not_named(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps({"options": {"recipe": "trajectory", "weight": "fixed"}}))
     again = checks.defaults((train.Train, Carry), lambda name: short, {"options": str(tmp_path)})
     assert again["budget"] == 0 and again["weight"] == "fixed"  # a version without --budget had no limit
+    assert again["grow"] is False
 
 
 def test_experts_that_few_batches_reach_resume_to_the_same_bits(tmp_path):

@@ -177,6 +177,7 @@ def stopped(run, monkeypatch, sent: int, at: int, *options: str) -> None:
 
 @pytest.mark.parametrize("at, options", [
     ((2,), ["--buffer=2", "--steps=4"]),
+    ((2,), ["--buffer=1", "--steps=4", "--grow"]),
     ((2,), ["--recipe=paper", "--ema=0.9"]),
     ((0, 2), ["--buffer=2", "--steps=4", "--accumulate=2", "--ema=0.5", "--adam=bfloat16"]),
     ((2,), ["packed", "--accumulate=4", "--ema=0.5", "--block_size=4"]),
@@ -209,6 +210,12 @@ def test_weighting_reaches_both_stages_and_not_the_base(run):
     run("--name=d", *more[:-1])
     assert not same(Path("out/c/target"), Path("out/d/target"))
     assert meta_of(Path("out/b/target"))["options"]["weighting"] == "1"
+
+
+def test_grow_reaches_the_target_alone(run):
+    for name, more in (("a", []), ("b", ["--grow"])):
+        run(f"--name={name}", "--buffer=1", *more)
+    assert [same(Path("out/a") / s, Path("out/b") / s) for s in train.STAGES] == [True, True, False]
 
 
 def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(run, monkeypatch):
@@ -646,12 +653,14 @@ def literal_logits(model: Transformer, x: torch.Tensor, tokens: torch.Tensor) ->
     return model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*x.shape[:2], -1).detach()
 
 
-@pytest.mark.parametrize("block_size, packed, budget, most", [
-    (0, False, 0, (5, 8, 4)), (0, True, 0, (3, 8, 4)), (4, False, 0, (4, 4, 4)), (4, True, 0, (3, 4, 4)),
-    (0, False, 5, (5, 5, 4)), (4, True, 2, (2, 2, 2)),
+@pytest.mark.parametrize("block_size, packed, budget, progress, most", [
+    (0, False, 0, 1, (5, 8, 4)), (0, True, 0, 1, (3, 8, 4)), (4, False, 0, 1, (4, 4, 4)),
+    (4, True, 0, 1, (3, 4, 4)), (0, False, 5, 1, (5, 5, 4)), (4, True, 2, 1, (2, 2, 2)),
+    (0, False, 0, 0.5, (3, 4, 3)), (0, False, 5, 0.5, (3, 3, 3)), (0, False, 0, 0, (2, 2, 2)),  # 2 sqrt(8/2)
 ])  # fmt: skip
 def test_budgets_lie_between_two_steps_and_one_token_a_step_of_the_largest_block(
-        block_size, packed, budget, most):  # fmt: skip
+        block_size, packed, budget, progress, most):  # fmt: skip
+    """Or --budget; and with --grow, so long as training goes on, less."""
     c = Config(**SMALL, n_layer=1, block_size=block_size)
     model = init_weights(Transformer(c), torch.Generator().manual_seed(0))
     response = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]]).bool()
@@ -660,7 +669,8 @@ def test_budgets_lie_between_two_steps_and_one_token_a_step_of_the_largest_block
     many = tuple(x if x is None else x.repeat(200, 1) for x in batch)
     trajectories = Trajectories(c, 600, 8, packed=packed, budget=budget)
     with torch.no_grad():
-        trajectories.loss(model, lambda n: many, Residual(), torch.Generator().manual_seed(0))
+        given = lambda n: many, Residual(), torch.Generator().manual_seed(0)
+        trajectories.loss(model, *given, progress)
     budgets = (trajectories.state["left"] + 1).view(200, 3)  # the first step is done
     assert tuple(budgets.amin(0).tolist()) == (2, 2, 2) and tuple(budgets.amax(0).tolist()) == most
 
@@ -903,6 +913,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--t_per=token"], "t_per='token': choose from document, block"),
     (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
     (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
+    (["--grow", "--recipe=earlier"], "--grow is read by recipes on trajectories, not by earlier"),
     (["--buffer=0"], "window=1 and buffer=0 must be at least 1"),
     (["--budget=1"], "budget=1: a trajectory has at least 2 steps"),
     (["--budget=8", "--recipe=paper"], "--budget is read by recipes on trajectories, not by paper"),

@@ -53,13 +53,14 @@ class Trajectories:
     within it; 1 = not at all. bound: a masked token weighs 1/t, so that each state of a canvas has the same
     weight; else all masked tokens have. advance: what a step reads and hands on (zoo/rivals/carries.py has
     another). budget: a canvas is full after 2 to so many steps, 0 = to one a token. Fewer steps show more
-    canvases.
+    canvases: with progress, the share of the training that is done, "so many" grows from 2 to the budget.
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
                  packed: bool = False, window: int = 1, bound: bool = True,
                  advance: Callable = trajectory_step, budget: int = 0):  # fmt: skip
         self.window, self.bound, self.advance, self.budget = window, bound, advance, budget
+        self.progress = 1.0
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -72,8 +73,10 @@ class Trajectories:
         if packed:
             self.state["positions"] = torch.zeros(rows, length, dtype=torch.long, device=device)
 
-    def loss(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
+    def loss(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator,
+             progress: float = 1.0) -> Tensor:  # fmt: skip
         """A window of every trajectory, in nats per token."""
+        self.progress = progress
         loss = sum(self.step(model, fresh, residual, generator) for _ in range(self.window)) / self.window
         self.state["delta"] = self.state["delta"].detach()
         return loss
@@ -114,7 +117,8 @@ class Trajectories:
             most = count(s["masked"], block).view(B, T).amax(1)[empty]  # of the largest block
             most = most.clamp(max=self.budget or T).clamp(min=2)
             u, v, w = self.draws(len(empty), generator)
-            s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most
+            v = v * self.progress
+            s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most, or to less
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked = s["masked"]
         given = s["tokens"], masked, s["alpha"], s["delta"], residual, s.get("positions")

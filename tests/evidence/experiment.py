@@ -75,6 +75,7 @@ class Experiment:
 FROM_BASE = "--init_from={base}"
 PLAIN = {"base": "--stage=base", "seqd": f"--stage=reference {FROM_BASE}"}
 TRAJECTORY = f"--stage=target {FROM_BASE}"
+SHORT, GROW = f"{TRAJECTORY} --weight=entropy --budget=8", f"{TRAJECTORY} --grow"
 ALGORITHM_1 = f"--stage=target --recipe=paper {FROM_BASE} --reference={{seqd}}"
 EARLIER = f"--stage=target --recipe=earlier {FROM_BASE}"
 FIXED = "--weight=fixed --fixed=0.5"
@@ -87,6 +88,10 @@ SELF = Curve("RCD, self start", "rcd", {"start": "self"})
 BY_LETTER = {"rcd": TRAJECTORY, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the default recipe
 MORE = (3, 5, 7)
 TEN = "--given=10 --train=50000"  # an easier Sudoku
+WITH_COMPUTE = PLAIN | {"seqd-compute": PLAIN["seqd"] + " --steps=770"}
+COMPUTE = Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE)
+OTHER_BUDGETS = [Curve("RCD, entropy, 8 steps", "entropy", more=MORE),
+                 Curve("RCD, steps grow", "grow", more=MORE)]  # fmt: skip
 HARD = [replace(SEQD, more=MORE), replace(RCD, more=MORE), replace(SELF, more=MORE)]
 
 
@@ -125,16 +130,23 @@ EXPERIMENTS = {
         "the same puzzles, what else helps SeqD: 10 % more steps (one on trajectories costs 5 % more), or "
         "all masks weighing alike in its loss, without 1/t",
         "--data=sudoku",
-        PLAIN | {"seqd-compute": PLAIN["seqd"] + " --steps=770",
-                 "seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": TRAJECTORY},
-        [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
-         Curve("SeqD, masks alike", "seqd-alike", {"carry": "none"}, more=MORE), HARD[1]],
+        WITH_COMPUTE | {"seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": TRAJECTORY},
+        [HARD[0], COMPUTE, Curve("SeqD, masks alike", "seqd-alike", {"carry": "none"}, more=MORE), HARD[1]],
         (1, 2, 4, 6, 9, 13, 27), folder="sudoku",
+    ),
+    "long-base": Experiment(
+        "the same puzzles from a base of 2,000 steps, twice as many as train.py's",
+        "--data=sudoku",
+        WITH_COMPUTE | {"base": "--stage=base --base_steps=2000", "rcd": TRAJECTORY, "entropy": SHORT,
+                        "grow": GROW},
+        [HARD[0], COMPUTE, *HARD[1:], *OTHER_BUDGETS],
+        (1, 2, 4, 6, 9, 13, 27),
     ),
     "squares": Experiment(
         "6x6 Latin squares with one solution, 12 given, 24 cells to fill; all of the canvas must be right",
-        "--batch_size=64", PLAIN | {"rcd": TRAJECTORY}, HARD[:2], (1, 2, 4, 6, 9, 13, 24),
-        prepare="--no_boxes",
+        "--batch_size=64", WITH_COMPUTE | {"rcd": TRAJECTORY, "entropy": SHORT, "grow": GROW},
+        [HARD[0], COMPUTE, *HARD[1:], *OTHER_BUDGETS],
+        (1, 2, 4, 6, 9, 13, 24), prepare="--no_boxes",
     ),
     "sudoku-10": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right",
@@ -166,8 +178,9 @@ EXPERIMENTS = {
     "sums-alike": Experiment(
         "the running sums, all masks weighing alike in the loss of either side, without 1/t",
         "--data=sums --batch_size=64 --weighting=1",
-        {**PLAIN, "seqd-compute": PLAIN["seqd"] + " --steps=770", "rcd": TRAJECTORY},
-        [SEQD, Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}), RCD, SELF],
+        {**WITH_COMPUTE, "rcd": TRAJECTORY, "four": f"{TRAJECTORY} --budget=4", "grow": GROW},
+        [SEQD, replace(COMPUTE, more=()), RCD, SELF, Curve("RCD, 4 steps", "four"),
+         Curve("RCD, steps grow", "grow")],
         steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
     ),
     "sums-letter": Experiment(
@@ -323,10 +336,11 @@ def rivals_on(task: str) -> Experiment:
 def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment:
     """A puzzle whose tokens are two cells each: p is over 36 tokens, not 6. SeqD with 10 % more steps is the
     control for compute. folder: with both sides on twice the tokens too, beside the cells that are there."""
-    compute = {"seqd-compute": f"{PLAIN['seqd']} --steps=770"}
-    runs = PLAIN | {"rcd": TRAJECTORY, "letter": ALGORITHM_1} | compute
-    curves = [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE),
-              *HARD[1:], replace(WARM, more=MORE)]  # fmt: skip
+    runs = WITH_COMPUTE | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
+    curves = [HARD[0], COMPUTE, *HARD[1:], replace(WARM, more=MORE)]
+    if not folder:
+        runs |= {"entropy": SHORT, "grow": GROW}
+        curves += OTHER_BUDGETS
     if folder:
         hidden = "loopholing-trajectory"
         runs |= {hidden: RIVALS[hidden], "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
@@ -359,7 +373,7 @@ EXPERIMENTS |= {
          **{f"{name}{twice}": f"{options} --steps={steps}" for twice, steps in (("", 1000), ("-twice", 2000))
             for name, options in (("seqd", PLAIN["seqd"]), ("rcd", TRAJECTORY))},
          "seqd-compute": f"{PLAIN['seqd']} --steps=1100"},
-        [HARD[0], Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE), *HARD[1:],
+        [HARD[0], COMPUTE, *HARD[1:],
          Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
          Curve("RCD, twice the tokens", "rcd-twice", more=MORE), *on_both("factor", SWEEPS["factor"])],
         (1, 2, 4, 6, 9, 13, 20), within=(2, 3, 4, 5, 6, 8), by_curve=True,

@@ -32,11 +32,12 @@ from zoo.tools import distributed
 FREE = {"resume", "overwrite", "force", "name", "stage", "device", "preset", "eval_every", "eval_items",
         "test_items", "options", "log", "plan", "shard", "offload", "save_every"}  # fmt: skip
 # Stage -> the options that only later stages read.
-LATER = {"target": set(), "reference": {"recipe", "absent", "buffer", "budget", "window", "reference"}}
-LATER["reference"] |= {f.name for f in fields(Carry)}
+LATER = {"target": set(), "reference": {f.name for f in fields(Carry)}}
+LATER["reference"] |= {"recipe", "absent", "buffer", "budget", "grow", "window", "reference"}
 LATER["base"] = LATER["reference"] | {"steps", "weighting", "lora"}
 # What versions did that had no such option.
-EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32", "residual_epsilon": 0.0, "budget": 0}
+EARLIER = {"lora": 0, "weighting": "1/t", "adam": "float32", "residual_epsilon": 0.0, "budget": 0,
+           "grow": False}  # fmt: skip
 
 
 def command(resume: bool = False, program: str = "train.py") -> str:
@@ -83,7 +84,7 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
     given = options_of(typed.get("options", ""), *groups)
     recipe = typed.get("recipe", "paper" if typed.get("reference") else given.get("recipe"))
     if recipe != given.get("recipe"):
-        its = ("recipe", "weight", "fixed", "absent", "budget", "window", "reference")
+        its = ("recipe", "weight", "fixed", "absent", "budget", "grow", "window", "reference")
         given = {k: v for k, v in given.items() if k not in its}
     values = given | typed
     return implied(values, dataset_of(values.get("data", groups[0].data))) | given
@@ -168,6 +169,7 @@ def check_options(o, block_size: int) -> None:
          "--weighting=complementary masks canvases twice, a trajectory is one: choose another --recipe"),
         (o.budget == 1, "budget=1: a trajectory has at least 2 steps, or with 0 one a token"),
         (o.budget and not trajectory, f"--budget is read by recipes on trajectories, not by {o.recipe}"),
+        (o.grow and not trajectory, f"--grow is read by recipes on trajectories, not by {o.recipe}"),
         (o.window > 1 and not trajectory, f"--window is read by recipes on trajectories, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
