@@ -338,9 +338,6 @@ def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment
     control for compute. folder: with both sides on twice the tokens too, beside the cells that are there."""
     runs = WITH_COMPUTE | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
     curves = [HARD[0], COMPUTE, *HARD[1:], replace(WARM, more=MORE)]
-    if not folder:
-        runs |= {"entropy": SHORT, "grow": GROW}
-        curves += OTHER_BUDGETS
     if folder:
         hidden = "loopholing-trajectory"
         runs |= {hidden: RIVALS[hidden], "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
@@ -354,14 +351,16 @@ def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment
 
 
 def with_depth(e: Experiment) -> Experiment:
-    """Looped layers beside as many layers with weights of their own: passes of half as much compute again."""
+    """Looped layers beside as many layers with weights of their own: passes of half as much compute again.
+    And other budgets of trajectories."""
     runs = {"deep-base": "--stage=base --n_layer=6", "deep-seqd": "--stage=reference --init_from={deep-base}",
             "deep-rcd": "--stage=target --init_from={deep-base}"}  # fmt: skip
     loops = {name: RIVALS[name] for name in ("loop", "loop-trajectory")}
     curves = [Curve("SeqD, six layers", "deep-seqd", {"carry": "none"}, more=MORE),
               Curve("RCD, six layers", "deep-rcd", more=MORE),
               *(Curve(name, name, more=MORE) for name in loops)]  # fmt: skip
-    return replace(e, runs=e.runs | runs | loops, curves=e.curves + curves)
+    runs |= loops | {"entropy": SHORT, "grow": GROW}
+    return replace(e, runs=e.runs | runs, curves=e.curves + curves + OTHER_BUDGETS)
 
 
 EXPERIMENTS |= {
