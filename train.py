@@ -65,7 +65,7 @@ class Train:
     absent: float = 0.0  # share of rows without a residual (not on trajectories); default: by recipe
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
     budget: int = 0  # on trajectories: most steps of a canvas, 0 = one a token; default: 8 from 32 tokens on
-    grow: bool = False  # on trajectories: from 2 steps a canvas when training begins to the budget at its end
+    grow: bool = False  # on trajectories: the most steps of a canvas grow in training, from 2 to the budget
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
     reference: str = ""  # frozen reference, perhaps smaller (implies recipe paper); default: stage 1's model

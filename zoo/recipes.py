@@ -53,7 +53,7 @@ class Trajectories:
     within it; 1 = not at all. bound: a masked token weighs 1/t, so that each state of a canvas has the same
     weight; else all masked tokens have. advance: what a step reads and hands on (zoo/rivals/carries.py has
     another). budget: a canvas is full after 2 to so many steps, 0 = to one a token. Fewer steps show more
-    canvases: with progress, the share of the training that is done, "so many" grows from 2 to the budget.
+    canvases. progress of loss(), the share of the training that is done: the most steps grow with it, from 2.
     """
 
     def __init__(self, config: Config, rows: int, length: int, device: torch.device | str = "cpu",
