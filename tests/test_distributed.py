@@ -127,7 +127,8 @@ RECIPES = {  # stage 1 or 2 from the same base, on one data set or the other
     "masked": ["packed", "--stage=reference", "--accumulate=2", "--clip=0.1"],
     "paper": ["packed", "--reference=packed/base", "--t_per=block", "--accumulate=2", "--ema=0.5"],
     "earlier": ["sudoku", "--recipe=earlier"],
-    "trajectory": ["sudoku", "--recipe=trajectory", "--buffer=2", "--window=2", "--accumulate=2", "--remat"],
+    "trajectory": ["sudoku", "--recipe=trajectory", "--buffer=2", "--window=2", "--accumulate=2", "--remat",
+                   "--grow"],
     "packed": ["packed", "--recipe=trajectory", "--buffer=1", "--steps=8", "--adam=bfloat16"],
 }
 
