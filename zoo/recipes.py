@@ -60,7 +60,6 @@ class Trajectories:
                  packed: bool = False, window: int = 1, bound: bool = True,
                  advance: Callable = trajectory_step, budget: int = 0):  # fmt: skip
         self.window, self.bound, self.advance, self.budget = window, bound, advance, budget
-        self.progress = 1.0
         self.state = {
             "tokens": torch.zeros(rows, length, dtype=torch.long, device=device),  # the truth
             "response": torch.zeros(rows, length, dtype=torch.bool, device=device),
@@ -76,8 +75,8 @@ class Trajectories:
     def loss(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator,
              progress: float = 1.0) -> Tensor:  # fmt: skip
         """A window of every trajectory, in nats per token."""
-        self.progress = progress
-        loss = sum(self.step(model, fresh, residual, generator) for _ in range(self.window)) / self.window
+        given = model, fresh, residual, generator, progress
+        loss = sum(self.step(*given) for _ in range(self.window)) / self.window
         self.state["delta"] = self.state["delta"].detach()
         return loss
 
@@ -89,7 +88,8 @@ class Trajectories:
         """How many response tokens the batch holds: the loss is divided by it."""
         return self.state["response"].sum()
 
-    def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
+    def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator,
+             progress: float) -> Tensor:  # fmt: skip
         """One denoising step of every trajectory, and its loss."""
         s, c, device = self.state, model.config, self.state["tokens"].device
         B, T = s["tokens"].shape
@@ -117,8 +117,7 @@ class Trajectories:
             most = count(s["masked"], block).view(B, T).amax(1)[empty]  # of the largest block
             most = most.clamp(max=self.budget or T).clamp(min=2)
             u, v, w = self.draws(len(empty), generator)
-            v = v * self.progress
-            s["left"][empty] = (2 * (most / 2) ** v).round().long()  # log-uniform: 2 to most, or to less
+            s["left"][empty] = (2 * (most / 2) ** (v * progress)).round().long()  # log-uniform, from 2 up
             s["threshold"][empty] = torch.where(u < 0.5, 1.0, 1 - 0.3 * w**2)  # 0.7 to 1, more of them near 1
         masked = s["masked"]
         given = s["tokens"], masked, s["alpha"], s["delta"], residual, s.get("positions")

@@ -316,7 +316,7 @@ def rivals_on(task: str) -> Experiment:
     kept, more = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.curves[0].more
     batch = re.search(r"--batch_size=(\d+)", e.options)
     batch = int(batch[1]) if batch else 128  # train.py's
-    runs = e.runs | {"seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
+    runs = PLAIN | {"rcd": TRAJECTORY, "seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
     runs["rcd-twice"] = f"{TRAJECTORY} --steps=1400"
     runs |= {name: f"{TRAJECTORY} --window=2 --batch_size={rows}"
              for name, rows in (("window-2", batch // 2), ("window-2-twice", batch))}  # fmt: skip

@@ -92,7 +92,7 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
 
 # Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
 # for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs
-# accuracy where passes are many: a point where 27 tokens are to fill, ten where 40 are.
+# accuracy where passes are many: up to three points where 27 tokens are to fill, ten where 40 are.
 RECIPES = {
     "trajectory": {"weight": "fixed", "fixed": 0.5},
     "paper": {"weight": "entropy"},

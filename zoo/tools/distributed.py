@@ -200,9 +200,10 @@ class SharedTrajectories(Trajectories):
         self.rows, self.mine = rows, share(rows)
         super().__init__(config, self.mine.stop - self.mine.start, length, device, *how)
 
-    def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator) -> Tensor:
+    def step(self, model: Transformer, fresh: Fresh, residual: Residual, generator: Generator,
+             progress: float) -> Tensor:  # fmt: skip
         if processes() == 1:
-            return super().step(model, fresh, residual, generator)
+            return super().step(model, fresh, residual, generator, progress)
         empty = torch.zeros(processes(), dtype=torch.long)
         empty[rank()] = int((~self.state["masked"].any(dim=1)).sum())
         empty = total(empty).tolist()  # in every process
@@ -211,7 +212,7 @@ class SharedTrajectories(Trajectories):
         new = fresh(n, mine) if n else ()
         self.drawn = super().draws(n, generator)[:, mine]
         rows = [x if x is None else x[mine] for x in new]
-        return super().step(model, lambda _: rows, residual, generator)
+        return super().step(model, lambda _: rows, residual, generator, progress)
 
     def draws(self, n: int, generator: Generator) -> Tensor:
         return super().draws(n, generator) if processes() == 1 else self.drawn
