@@ -105,13 +105,19 @@ class Options:
             raise ValueError("--prompts excludes --prompt, --eval, --compare, --html and --svg")
         if self.eval and (self.prompt or self.compare or self.html or self.svg):
             raise ValueError("--eval excludes --prompt, --compare, --html and --svg")
-        if self.prompts and Path(self.out).resolve() == Path(self.prompts).resolve():
-            raise ValueError(f"--out={self.out} would overwrite the prompts")
+        written = [path for path in (self.html, self.svg, self.plot, self.out) if path]
+        seen = {os.path.realpath(path) for path in (self.prompt, self.prompts, self.eval) if path}
+        for path in written:
+            if os.path.realpath(path) in seen:
+                raise ValueError(f"{path} would be overwritten: name another file")
+            seen.add(os.path.realpath(path))
+        if Path(self.eval).suffix and not Path(self.eval).exists():
+            raise ValueError(f"--eval={self.eval}: there is no such file")
         if self.plot and not self.eval:
             raise ValueError(f"--plot={self.plot} draws what --eval measures: give both")
         if Path(self.plot).suffix.lower() not in ("", ".png", ".svg", ".pdf"):
             raise ValueError(f"--plot={self.plot}: name a .png, .svg or .pdf file")
-        for path in filter(None, (self.html, self.svg, self.plot, self.out)):
+        for path in written:
             check_writable(path)
 
 
@@ -134,6 +140,8 @@ def main() -> None:
     # Load the reference if it is needed: for a warm start, and as SeqD.
     name, carried = carries.label(loaded.model), sampler.carry == "residual"
     needed = o.compare or o.eval or carried and sampler.start == "warm"
+    if o.reference and not needed:
+        raise ValueError("--reference is read by --compare, --eval and --start=warm: leave it out")
     reference = load_reference(loaded, o.reference, device, stored) if needed else None
     warm = reference and reference.model
     # A fair SeqD had as much training without a residual: the reference, if it has the model's shape.

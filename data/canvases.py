@@ -146,10 +146,11 @@ class Puzzles(data.Dataset):
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             rows += [pair] if pair else []
-            fits = len(pair) == 2 and len({len(ids) for ids in (*pair, *rows[0])}) == 1
+            cells = loaded.meta.get("length") or len(rows[0][0] if rows else [])
+            fits = len(pair) == 2 and all(len(ids) == cells for ids in pair)
             fits = fits and mask in pair[0] and all(s != mask and g in (mask, s) for g, s in zip(*pair))
             if pair and not fits:
-                wanted = "a canvas with _ for the cells to fill, a space, and its solution"
+                wanted = f"a canvas of {cells} tokens with _ for those to fill, a space, and its solution"
                 raise ValueError(f"{path}, line {number}: expected {wanted}")
         pairs = np.array(rows).transpose(1, 0, 2)
         return cls(task.folder, task.meta, task.tokenizer, task.check, task.layout, pairs)

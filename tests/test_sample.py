@@ -580,6 +580,12 @@ def test_a_line_that_is_no_puzzle_is_named(cli, tmp_path, line):
     assert code == 2 and "p.txt, line 2: " in told.splitlines()[-1]
 
 
+def test_a_puzzle_of_another_size_than_the_model_learned_is_named(cli, tmp_path):
+    (tmp_path / "p.txt").write_text("_2 12\n")
+    code, _, told = cli("--model=sudoku/target", f"--eval={tmp_path}/p.txt")
+    assert code == 2 and "p.txt, line 1: expected a canvas of 36 tokens with _" in told.splitlines()[-1]
+
+
 def test_intervals_are_bootstrap_intervals():
     """Against resampling the items one by one."""
     for correct in ([True] * 60 + [False] * 40, [True] * 3 + [False] * 197, [False] * 50):
@@ -645,6 +651,11 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--eval=sudoku", "--steps=2", "--carry=none"], "--eval tries several values of --steps and --carry"),
     (["--eval=sudoku", "--threshold=0.6"], "--eval tries several values of --threshold: leave it out"),
     (["--eval=sudoku", "--rule=factor", "--factor=1"], "--eval tries several values of --factor"),
+    (["--eval=sudoku", "--carry=none"], "--eval tries several values of --carry: leave it out"),
+    (["--eval=nowhere.txt"], "--eval=nowhere.txt: there is no such file"),
+    (["--html=run.svg", "--svg=./run.svg"], "./run.svg would be overwritten"),
+    (["--prompt=bad0.txt", "--html=bad0.txt"], "bad0.txt would be overwritten"),
+    (["--reference=grid/reference"], "--reference is read by --compare, --eval and --start=warm"),
     (["--plot=x.png"], "--plot=x.png draws what --eval measures"),
     (["--rule=wino", "--steps=2"], "rule=wino ignores --steps: leave it out"),
     (["--plot=x.foo", "--eval=sudoku"], "name a .png, .svg or .pdf file"),

@@ -223,7 +223,7 @@ def test_a_wrong_line_is_named(cli, content, says):
 
 @pytest.mark.parametrize("options, says", [
     (["--num_samples=2"], "2 times the same"), (["--prompt=a"], "excludes"), (["--out="], "belong together"),
-    (["--out=in.jsonl"], "would overwrite"), (["--out=no/where.jsonl"], "there is no folder no"),
+    (["--out=in.jsonl"], "would be overwritten"), (["--out=no/where.jsonl"], "there is no folder no"),
 ])  # fmt: skip
 def test_options_that_cannot_be(cli, options, says):
     write(["a"])

@@ -71,6 +71,8 @@ def escaped(message: object) -> str:
 
 def fail(message: object) -> NoReturn:
     """The end of every script that a user's mistake stops: one line on stderr, and exit code 2."""
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        message = f"{message.strerror}: {message.filename}"
     print(f"error: {escaped(message)}", file=sys.stderr)
     sys.exit(2)
 

@@ -71,7 +71,8 @@ def recommended(loaded: zoo.Loaded, typed: dict) -> dict:
     check(not ignored, f"rule={rule} ignores --steps: leave it out")
     tried = [name for name in typed if name in ("steps", "carry", SWEPT.get(rule, CAREFUL)[0])]
     says = f"--eval tries several values of --{' and --'.join(tried)}"
-    check(not typed.get("eval") or not tried, f"{says}: leave it out, perhaps for --rule={rule}")
+    instead = "" if tried == ["carry"] else f", perhaps for --rule={rule}"
+    check(not typed.get("eval") or not tried, f"{says}: leave it out{instead}")
     if not asked and "steps" not in typed:
         return values
     return {**values, "steps": 0, "rule": fits[0]}  # a rule that was typed wins
