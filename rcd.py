@@ -262,7 +262,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor, "Residual"], Tensor]] = {
 class Residual:
     """The carry of RCD: logits -> alpha and Delta, which the next step mixes into its masked inputs."""
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence (max p) | fixed
-    fixed: float = 0.3  # alpha of weight=fixed; train.py's default is fixed, 0.5
+    fixed: float = 0.3  # alpha of weight=fixed
     t_res: float = 1.0  # residual temperature, of alpha alone: Delta is untempered. Algorithm 1 has 1
     weights = WEIGHTS  # no annotation: not a field
     def __post_init__(self):

@@ -2,8 +2,8 @@
 
     base       the plain masked loss, from scratch. --init_from=MODEL takes the place of this stage.
     reference  stage 1: the plain masked loss again, from the base. Also SeqD, the control without a residual.
-    target     stage 2: from the base again, on as many tokens. It reads a residual: its own, of a step before
-               (a fixed half of it, or Eq. 3's), or by --recipe=paper, Algorithm 1, the reference's.
+    target     stage 2: from the base again, on as many tokens. It reads a residual: its own, of a step
+               before, or by --recipe=paper, Algorithm 1, the reference's.
 
 Then a table: accuracy against forward passes, SeqD beside RCD. Each stage is a folder out/NAME/STAGE/ of
 safetensors and JSON. Ctrl-C saves. --resume goes on to the same weights, bit by bit: step i draws its batch,
@@ -64,7 +64,7 @@ class Train:
     # them like trajectory) | scmdm; default: trajectory below 64 tokens to fill, else earlier
     absent: float = 0.0  # share of rows without a residual (not on trajectories); default: by recipe
     buffer: int = 8  # recipe trajectory: batches of trajectories that take turns
-    budget: int = 0  # on trajectories: most steps of a canvas, 0 = one a token; default: 8 from 32 tokens on
+    budget: int = 0  # on trajectories: most steps of a canvas, 0 = one a token; default: 8
     grow: bool = False  # on trajectories: the most steps of a canvas grow in training, from 2 to the budget
     window: int = 1  # recipe trajectory: denoising steps in a training step, with a gradient through all
     init_from: str = ""  # start from this model and train no base: run folder, zoo name or hub id
@@ -115,7 +115,7 @@ class Shape:
 
 
 PRESETS = {  # minutes on a laptop's CPU; about as long on one GPU
-    "cpu": {"base_steps": 1000, "steps": 700, "batch_size": 128, "lr": 1e-3, "eval_every": 100,
+    "cpu": {"base_steps": 2000, "steps": 700, "batch_size": 128, "lr": 1e-3, "eval_every": 100,
             "n_layer": 4, "n_head": 4, "d_model": 128, "head_dim": 32, "length": 64},
     "gpu": {"base_steps": 5000, "steps": 3000, "batch_size": 512, "lr": 5e-4, "eval_every": 500,
             "n_layer": 8, "n_head": 8, "d_model": 512, "head_dim": 64, "length": 256},
@@ -206,7 +206,7 @@ def train_stage(stage: str, r: models.Run) -> None:
     # What is saved and logged.
     once(lambda: training.open_folder(folder, dataset.tokenizer, o, STAGES))
     meta = models.record(stage, recipe, r, origin)
-    frozen = checks.frozen(meta["options"], dtype)
+    frozen = checks.frozen(meta["options"], dtype, LATER[stage])
     state = State(model, o, trajectories, moments=getattr(torch, o.adam))
     if o.resume and checks.states(folder):
         state.restore(folder, frozen)
@@ -289,8 +289,8 @@ def main() -> None:
                 train_stage(stage, r)
         if "target" in stages and o.test_items and training.has_answers(dataset, "test"):
             models.final_table(r)
-    # A text has more blocks than 8, and a chat model has no examples.
-    show = "--steps=8" if dataset.meta["source"] == "generated" else "--prompt=TEXT"
+    show = "--compare" if config.block_size else "--steps=8"  # blocks may be more than 8
+    show = show if dataset.meta["source"] == "generated" else "--prompt=TEXT"  # a chat model has no examples
     minutes, last = (time.perf_counter() - begin) / 60, root / stages[-1]
     print(f"{minutes:.1f} minutes, {peak_memory(device)}; try: python sample.py --model={last} {show}")
 

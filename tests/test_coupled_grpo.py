@@ -182,7 +182,21 @@ def test_a_model_with_its_own_carry_completes_with_it(puzzles, tmp_path, monkeyp
     assert len(read) == 2 and {*context} == {carries.own_context}
 
 
-@pytest.mark.parametrize("option,message", [("--group=1", "at least 2"), ("--steps=0", "at least 1")])
+def test_a_gradient_that_is_not_a_number_is_not_saved(puzzles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "grpo_loss", lambda new, *_: new.sum() * math.nan)
+    argv = ["grpo", "--model=sudoku/target", f"--data={puzzles}", "--steps=1", "--canvases=1", "--group=2",
+            "--passes=2", "--device=cpu", "--dtype=float32"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError, match="the gradient became nan at step 0: lower lr="):
+        command.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option,message", [
+    ("--group=1", "at least 2"), ("--steps=0", "at least 1"), ("--clip=-1", "must not be negative"),
+    ("--lr=2", "at most 1"), ("--dtype=float16", "loss scaling"),
+])  # fmt: skip
 def test_mistakes_are_one_line(option, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo", option])
     with pytest.raises(ValueError, match=message) as error:

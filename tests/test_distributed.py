@@ -414,7 +414,7 @@ def test_a_state_that_is_cut_anywhere_gives_way_to_the_one_before(one, monkeypat
     stopped(one, monkeypatch, signal.SIGINT, 2)  # saved at step 2, and again at step 3
     folder = Path("out/x/base")
     state = (folder / checks.STATE).read_bytes()
-    options = checks.frozen({}, torch.float32)
+    options = checks.frozen({}, torch.float32, ())
     model = load("out/whole/base")
     header = 8 + int.from_bytes(state[:8], "little")
     for at in (0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(state) // 2, len(state) - 1):

@@ -181,9 +181,11 @@ def test_one_command_makes_the_cells_once_and_writes_table_and_figures(trial):
     cell = json.loads((folder / "out/trial/SeqD-1.json").read_text())
     assert all(len(r["correct"]) == 6 for r in cell["rows"])  # of 506 test items, those behind the first 500
     # Other settings: the curves are made again, the runs are not.
-    experiment.EXPERIMENTS["trial"] = replace(experiment.EXPERIMENTS["trial"], steps=(3,))
+    experiment.EXPERIMENTS["trial"] = replace(experiment.EXPERIMENTS["trial"], steps=(3,), factors=(2.0,))
     assert go("--seeds=1") == 0
-    assert len(json.loads((folder / "trial.json").read_text())["curves"][0]) == 2
+    rows = json.loads((folder / "trial.json").read_text())["curves"][0]
+    rules = "static", "threshold", "factor"
+    assert [(r["rule"], r["value"]) for r in rows] == [*zip(rules, (3, 0.5, 2.0))]
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -474,12 +474,17 @@ def with_carry(tiny, name: str, seed: int = 2, **options) -> rcd.Transformer:
     return model
 
 
+def alpha_of(p) -> float:
+    """Eq. 3 for p (V,)."""
+    return -sum(q * math.log(q) for q in p.tolist() if q > 0) / math.log(len(p))
+
+
 @torch.no_grad()
 def carried(model, name: str, hidden, p) -> torch.Tensor:
     """What a masked cell reads (D,) after a pass that left hidden (D,) and p (V,), by the paper's formula."""
     E, own = model.embedding, carries.of(model)
     if name == "loop":
-        return (E[MASK] + p @ E) / 2
+        return (1 - alpha_of(p)) * E[MASK] + alpha_of(p) * p @ E
     mask, D = E[MASK], len(hidden)
     if name == "soft-mask":
         entropy = -sum(q * math.log(q) for q in p.tolist() if q > 0)
@@ -532,7 +537,8 @@ def test_a_learned_carry_hands_on_what_its_formula_says(tiny, name, block_size):
             tokens = step.tokens[row, :length].tolist()
             left = [i for i in cells if tokens[i] == MASK]
             soft = {i: carried(model, name, hidden[i], p[i]) for i in left}
-            assert (step.alpha[row, left] == (0.5 if name == "loop" else 1)).all()
+            alpha = [alpha_of(p[i]) if name == "loop" else 1.0 for i in left]
+            torch.testing.assert_close(step.alpha[row, left], torch.tensor(alpha), **close)
     assert differs > 0.05  # the carry matters
 
 

@@ -150,7 +150,7 @@ def test_the_main_job(run_in_full, capsys, monkeypatch):
         assert all("val_accuracy" in e for e in validated)
         assert not (folder / "state.safetensors").exists() and (folder / "tokenizer.json").exists()
         assert load(folder).config.mask_id == 6
-    assert {r.weight for r in residuals} == {"fixed"} == {meta_of(job / "target")["residual"]["weight"]}
+    assert {r.weight for r in residuals} == {"entropy"} == {meta_of(job / "target")["residual"]["weight"]}
     # The reference and the target start from the base, and are no longer it, nor each other.
     pairs = (("base", "reference"), ("base", "target"), ("reference", "target"))
     assert not any(same(job / a, job / b) for a, b in pairs)
@@ -358,7 +358,8 @@ def test_resuming_under_other_options_is_refused(run, monkeypatch):
     stopped(run, monkeypatch, signal.SIGTERM, 2, "--name=x", "--stage=base")  # as schedulers do
     with pytest.raises(ValueError, match=r"was trained with other options: lr=0.001 \(now 0.5\)"):
         run("--name=x", "--stage=base", "--resume", "--lr=0.5")
-    run("--name=x", "--stage=base", "--resume", "--eval_every=1")  # what is shown may change
+    # What is shown may change, and what only later stages read.
+    run("--name=x", "--stage=base", "--resume", "--eval_every=1", "--grow", "--weight=one")
 
 
 def test_resuming_a_finished_stage_under_other_options_is_refused(run, capsys):
@@ -395,10 +396,14 @@ def test_a_typed_recipe_brings_its_own_residual(run, monkeypatch):
 
     assert again("--lr=0.5") == ("earlier", "fixed", 0.25, 0.3)
     assert again("--recipe=earlier") == ("earlier", "fixed", 0.25, 0.3)
-    assert again("--recipe=trajectory") == ("trajectory", "fixed", 0.5, 0.0)
+    assert again("--recipe=trajectory")[:2] == ("trajectory", "entropy")
     assert again("--recipe=paper")[:2] == ("paper", "entropy")
     assert again("--recipe=paper", "--weight=one")[:2] == ("paper", "one")
     assert again("--reference=b/base")[:2] == ("paper", "entropy")
+    run("--name=c", "--stage=base", "--residual_top_k=3")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--options=c/base", "--name=d", "--recipe=loopholing"])
+    train.main()
+    assert meta_of(Path("out/d/base"))["options"]["residual_top_k"] == 0
 
 
 def test_the_blocks_of_a_model_that_is_converted_are_its_own(run):
@@ -914,6 +919,7 @@ def test_the_rate_of_matmuls_is_that_of_the_clock(monkeypatch):
     (["--reference=out/x", "--recipe=earlier"], "--reference is read by --recipe=paper"),
     (["--reference=nothing-here"], "no model 'nothing-here'"),  # before two stages are trained, not after
     (["--grow", "--recipe=earlier"], "--grow is read by recipes on trajectories, not by earlier"),
+    (["--grow", "--budget=2"], "--budget=2 leaves nothing to grow to"),
     (["--buffer=0"], "window=1 and buffer=0 must be at least 1"),
     (["--budget=1"], "budget=1: a trajectory has at least 2 steps"),
     (["--budget=8", "--recipe=paper"], "--budget is read by recipes on trajectories, not by paper"),

@@ -13,6 +13,7 @@ chosen by these test items: train.py's own table, which one looks at while tryin
 of the test canvases, an experiment the second. What is fitted (fit below) is fitted on validation canvases.
 """
 
+import functools
 import json
 import math
 import os
@@ -29,12 +30,14 @@ import numpy as np
 import torch
 
 import data
+import train
 import zoo
-from rcd import denoise, diffusion_loss
+from rcd import check, denoise, diffusion_loss
 from zoo.decoding import Carry, Decoding, carry_options
 from zoo.files import write_atomic
 from zoo.progress import progress
-from zoo.tools.command import Parser, autocast, pick_device, run
+from zoo.tools import checks
+from zoo.tools.command import Parser, arguments, autocast, pick_device, run
 from zoo.tools.evaluate import Setting, evaluate
 
 
@@ -63,6 +66,7 @@ class Experiment:
     curves: list[Curve]
     steps: tuple[int, ...] = (1, 2, 4, 6, 9, 13, 26)
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
+    factors: tuple[float, ...] = ()
     items: int = 500  # test canvases
     within: tuple[int, ...] = (3, 4, 5, 6, 8)  # forward passes, of the summary
     judge: str = ""  # text: the autoregressive run that judges what was written
@@ -75,23 +79,35 @@ class Experiment:
 FROM_BASE = "--init_from={base}"
 PLAIN = {"base": "--stage=base", "seqd": f"--stage=reference {FROM_BASE}"}
 TRAJECTORY = f"--stage=target {FROM_BASE}"
-SHORT, GROW = f"{TRAJECTORY} --weight=entropy --budget=8", f"{TRAJECTORY} --grow"
+# The defaults of train.py were others when a part of the tables was made: bases of 1,000 steps, a fixed
+# weight of a half, and trajectories of up to one step a token.
+BEFORE, FIXED = "--base_steps=1000 --budget=0", "--weight=fixed --fixed=0.5"
+HALF = f"{TRAJECTORY} {FIXED}"
+SHORT, GROW = f"{TRAJECTORY} --weight=entropy --budget=8", f"{HALF} --grow"
 ALGORITHM_1 = f"--stage=target --recipe=paper {FROM_BASE} --reference={{seqd}}"
 EARLIER = f"--stage=target --recipe=earlier {FROM_BASE}"
-FIXED = "--weight=fixed --fixed=0.5"
 
 SEQD = Curve("SeqD", "seqd", {"carry": "none"})
 RCD = Curve("RCD", "rcd")
 COLD = Curve("by the letter, cold", "letter")
 WARM = Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd")
 SELF = Curve("RCD, self start", "rcd", {"start": "self"})
-BY_LETTER = {"rcd": TRAJECTORY, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the default recipe
+BY_LETTER = {"rcd": HALF, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the recipe of before
 MORE = (3, 5, 7)
 TEN = "--given=10 --train=50000"  # an easier Sudoku
 WITH_COMPUTE = PLAIN | {"seqd-compute": PLAIN["seqd"] + " --steps=770"}
 COMPUTE = Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE)
 OTHER_BUDGETS = [Curve("RCD, entropy, 8 steps", "entropy", more=MORE),
                  Curve("RCD, steps grow", "grow", more=MORE)]  # fmt: skip
+TWICE = {"seqd-twice": f"{PLAIN['seqd']} --steps=1400", "rcd-twice": f"{TRAJECTORY} --steps=1400"}
+OF_TWICE = [Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
+            Curve("RCD, twice the tokens", "rcd-twice", more=MORE)]  # fmt: skip
+HIDDEN = {"loopholing-trajectory": f"--stage=target --recipe=loopholing-trajectory {FROM_BASE}"}
+OF_HIDDEN = Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE)
+OF_BEFORE = Curve("RCD, a half, no limit", "half", more=MORE)
+WITH_HALF = WITH_COMPUTE | {"rcd": TRAJECTORY, "half": f"{HALF} --budget=0"}
+FACTORS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+FEW = {"steps": (1, 2, 4, 8, 15), "thresholds": (0.5, 0.7, 0.85, 0.95, 0.99), "within": (1, 2, 3, 4, 15)}
 HARD = [replace(SEQD, more=MORE), replace(RCD, more=MORE), replace(SELF, more=MORE)]
 
 
@@ -99,8 +115,9 @@ def ablation(about: str, runs: dict[str, str], curves: list[Curve]) -> Experimen
     """Sudoku with stages of half the length."""
     plain = {"base": "--stage=base", "seqd": f"--stage=reference --steps=350 {FROM_BASE}"}
     runs = plain | {name: f"{options} --steps=350" for name, options in runs.items()}
-    return Experiment(about, "--ema=0", runs, [SEQD, *curves], (4, 6, 9, 26), (0.85, 0.95, 0.99, 0.999),
-                      within=(4, 5, 6, 8), by_curve=True, folder="ablation", prepare=TEN)  # fmt: skip
+    return Experiment(about, f"--ema=0 {BEFORE}", runs, [SEQD, *curves], (4, 6, 9, 26),
+                      (0.85, 0.95, 0.99, 0.999), within=(4, 5, 6, 8), by_curve=True, folder="ablation",
+                      prepare=TEN)  # fmt: skip
 
 
 WEIGHTS = {w: f"--weight={w}" for w in ("entropy", "confidence", "1-entropy", "1-confidence", "one", "top-1")}
@@ -124,33 +141,45 @@ def warm(label: str, run: str, residual: dict | None = None, reference: str = "s
 EXPERIMENTS = {
     "sudoku": Experiment(
         "6x6 Sudoku, 9 given, 27 cells to fill, one solution; all of the canvas must be right",
-        "--data=sudoku", PLAIN | {"rcd": TRAJECTORY}, HARD, (1, 2, 4, 6, 9, 13, 27),
-    ),
-    "compute": Experiment(
-        "the same puzzles, what else helps SeqD: 10 % more steps (one on trajectories costs 5 % more), or "
-        "all masks weighing alike in its loss, without 1/t",
-        "--data=sudoku",
-        WITH_COMPUTE | {"seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": TRAJECTORY},
-        [HARD[0], COMPUTE, Curve("SeqD, masks alike", "seqd-alike", {"carry": "none"}, more=MORE), HARD[1]],
-        (1, 2, 4, 6, 9, 13, 27), folder="sudoku",
-    ),
-    "long-base": Experiment(
-        "the same puzzles from a base of 2,000 steps, twice as many as train.py's",
-        "--data=sudoku",
-        WITH_COMPUTE | {"base": "--stage=base --base_steps=2000", "rcd": TRAJECTORY, "entropy": SHORT,
-                        "grow": GROW},
-        [HARD[0], COMPUTE, *HARD[1:], *OTHER_BUDGETS],
-        (1, 2, 4, 6, 9, 13, 27),
+        "--data=sudoku", WITH_HALF | TWICE | HIDDEN | {"grow": f"{GROW} --budget=0"},
+        [HARD[0], COMPUTE, *HARD[1:], *OF_TWICE, OF_HIDDEN, OF_BEFORE,
+         Curve("RCD, a half, steps grow", "grow", more=MORE)],
+        (1, 2, 4, 6, 9, 13, 27), factors=FACTORS,
     ),
     "squares": Experiment(
         "6x6 Latin squares with one solution, 12 given, 24 cells to fill; all of the canvas must be right",
-        "--batch_size=64", WITH_COMPUTE | {"rcd": TRAJECTORY, "entropy": SHORT, "grow": GROW},
+        "--batch_size=64", WITH_HALF, [HARD[0], COMPUTE, *HARD[1:], OF_BEFORE], (1, 2, 4, 6, 9, 13, 24),
+        factors=FACTORS, prepare="--no_boxes",
+    ),
+    "sums-alike": Experiment(
+        "chain of thought: five running sums of six one-digit numbers, all of them right; all masks weigh "
+        "alike in the loss of either side, without 1/t",
+        "--data=sums --batch_size=64 --weighting=1", WITH_HALF | {"four": f"{TRAJECTORY} --budget=4"},
+        [SEQD, replace(COMPUTE, more=()), RCD, SELF, Curve("RCD, 4 steps", "four"),
+         replace(OF_BEFORE, more=())],
+        **FEW,
+    ),
+    "sums": Experiment(
+        "the running sums with 1/t, from a base of 1,000 steps, a fixed weight of a half",
+        f"--data=sums --batch_size=64 {BEFORE}", PLAIN | {"rcd": HALF}, [SEQD, RCD, SELF], **FEW,
+    ),
+    "compute": Experiment(
+        "the same puzzles from a base of 1,000 steps, what else helps SeqD: 10 % more steps (one on "
+        "trajectories costs 5 % more), or all masks weighing alike in its loss, without 1/t",
+        f"--data=sudoku {BEFORE}",
+        WITH_COMPUTE | {"seqd-alike": PLAIN["seqd"] + " --weighting=1", "rcd": HALF},
+        [HARD[0], COMPUTE, Curve("SeqD, masks alike", "seqd-alike", {"carry": "none"}, more=MORE), HARD[1]],
+        (1, 2, 4, 6, 9, 13, 27), folder="short-base",
+    ),
+    "squares-half": Experiment(
+        "6x6 Latin squares, from a base of 1,000 steps, a fixed weight of a half beside Eq. 3's",
+        f"--batch_size=64 {BEFORE}", WITH_COMPUTE | {"rcd": HALF, "entropy": SHORT, "grow": GROW},
         [HARD[0], COMPUTE, *HARD[1:], *OTHER_BUDGETS],
         (1, 2, 4, 6, 9, 13, 24), prepare="--no_boxes",
     ),
     "sudoku-10": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right",
-        "--ema=0",
+        f"--ema=0 {BEFORE}",
         PLAIN | BY_LETTER | {"seqd-more": f"--stage=reference {FROM_BASE} --steps=1120"},
         [replace(SEQD, more=MORE), replace(RCD, more=MORE), COLD, WARM, SELF,
          Curve("SeqD, 60 % more training", "seqd-more", {"carry": "none"}, more=MORE)],
@@ -158,9 +187,9 @@ EXPERIMENTS = {
     ),
     "long": Experiment(
         "Sudoku, 10 given, with stages of three times the length (2,100 steps), from the same base",
-        "--ema=0",
+        f"--ema=0 {BEFORE}",
         {"base": "--stage=base", "seqd-long": PLAIN["seqd"] + " --steps=2100",
-         "rcd-long": TRAJECTORY + " --steps=2100"},
+         "rcd-long": HALF + " --steps=2100"},
         [Curve("SeqD, long", "seqd-long", {"carry": "none"}, more=MORE),
          Curve("RCD, long", "rcd-long", more=MORE),
          Curve("RCD, long, self start", "rcd-long", {"start": "self"}, more=MORE)],
@@ -168,33 +197,30 @@ EXPERIMENTS = {
     ),
     "latin": Experiment(
         "6x6 Latin squares, 10 given, 26 cells to fill, any valid completion counts",
-        "--data=latin --ema=0", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF], within=(6, 9, 13, 15, 20),
+        f"--data=latin --ema=0 {BEFORE}", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
+        within=(6, 9, 13, 15, 20),
     ),
-    "sums": Experiment(
-        "chain of thought: five running sums of six one-digit numbers; all of them must be right",
-        "--data=sums --batch_size=64", PLAIN | {"rcd": TRAJECTORY}, [SEQD, RCD, SELF],
-        steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
-    ),
-    "sums-alike": Experiment(
-        "the running sums, all masks weighing alike in the loss of either side, without 1/t",
-        "--data=sums --batch_size=64 --weighting=1",
-        {**WITH_COMPUTE, "rcd": TRAJECTORY, "four": f"{TRAJECTORY} --budget=4", "grow": GROW},
+    "sums-half": Experiment(
+        "the running sums, masks alike, from a base of 1,000 steps, a fixed weight of a half",
+        f"--data=sums --batch_size=64 --weighting=1 {BEFORE}",
+        {**WITH_COMPUTE, "rcd": HALF, "four": f"{HALF} --budget=4", "grow": GROW},
         [SEQD, replace(COMPUTE, more=()), RCD, SELF, Curve("RCD, 4 steps", "four"),
          Curve("RCD, steps grow", "grow")],
-        steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
+        **FEW,
     ),
     "sums-letter": Experiment(
         "the running sums with Algorithm 1 by the letter beside them, without an average of the weights",
-        "--data=sums --batch_size=64 --ema=0", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
-        steps=(1, 2, 4, 8, 15), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 3, 4, 15),
+        f"--data=sums --batch_size=64 --ema=0 {BEFORE}", PLAIN | BY_LETTER, [SEQD, RCD, COLD, WARM, SELF],
+        **FEW,
     ),
     "text": Experiment(
         "Tiny Shakespeare, 64 characters, half of them masked at random (infilling) or the last 32 "
         "(writing, temperature 1)",
-        "--data=shakespeare_char --length=64 --batch_size=12 --ema=0",
+        f"--data=shakespeare_char --length=64 --batch_size=12 --ema=0 {BEFORE}",
         {"base": "--stage=base --base_steps=2000",
          "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
-         "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": TRAJECTORY + " --steps=1400",
+         "seqd": f"--stage=reference {FROM_BASE} --steps=1400",
+         "rcd": HALF + " --recipe=trajectory --steps=1400",
          "letter": ALGORITHM_1 + " --steps=1400"},
         [SEQD, RCD, COLD, WARM],
         steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
@@ -206,7 +232,7 @@ EXPERIMENTS = {
         {"base": "--stage=base --base_steps=2000",
          "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
          "seqd": f"--stage=reference {FROM_BASE} --steps=1400", "rcd": EARLIER + " --steps=1400",
-         "trajectory": TRAJECTORY + " --recipe=trajectory --steps=1400 --budget=0 --weight=fixed",
+         "trajectory": HALF + " --recipe=trajectory --steps=1400 --budget=0",
          "letter": ALGORITHM_1 + " --steps=1400"},
         [SEQD, RCD, Curve("RCD, trajectories", "trajectory"), COLD, WARM],
         steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",
@@ -259,7 +285,8 @@ EXPERIMENTS = {
     "block-causal": Experiment(
         "chain of thought with block-causal attention, blocks of four tokens (a Sudoku is no task for it: a "
         "block does not see what is given after it)",
-        "--data=sums --batch_size=64 --ema=0 --block_size=4", PLAIN | {"rcd": TRAJECTORY}, [SEQD, RCD, SELF],
+        f"--data=sums --batch_size=64 --ema=0 --block_size=4 {BEFORE}", PLAIN | {"rcd": HALF},
+        [SEQD, RCD, SELF],
         (4, 5, 8, 15), (0.7, 0.85, 0.95, 0.99), within=(4, 5, 6, 8, 15),
     ),
 }  # fmt: skip
@@ -268,6 +295,7 @@ EXPERIMENTS = {
 RECIPES = ("scmdm", "gemma", "soft-mask", "loopholing", "relay", "loop", "gemma-trajectory",
            "soft-mask-trajectory", "loopholing-trajectory", "loop-trajectory")  # fmt: skip
 RIVALS = {name: f"--stage=target --recipe={name} {FROM_BASE}" for name in RECIPES}
+RIVALS["loop-trajectory"] += f" {FIXED}"
 POLICIES = {"policy-1": "--model={rcd} --power=1", "policy-1-seqd": "--model={seqd} --power=1"}
 
 
@@ -305,7 +333,7 @@ def with_policy(label: str, run: str, policy: str, **sampler: str) -> Curve:
     return Curve(label, run, {"policy": policy, **sampler}, sweep=speeds)
 
 
-def rivals_on(task: str) -> Experiment:
+def rivals_on(task: str, folder: str) -> Experiment:
     """Every carry, each trained from the same base on as many tokens, beside the task's SeqD and RCD. Those
     on trajectories differ from RCD in nothing but what is carried.
 
@@ -316,9 +344,8 @@ def rivals_on(task: str) -> Experiment:
     kept, more = [c for c in e.curves if c.label in ("SeqD", "RCD")], e.curves[0].more
     batch = re.search(r"--batch_size=(\d+)", e.options)
     batch = int(batch[1]) if batch else 128  # train.py's
-    runs = PLAIN | {"rcd": TRAJECTORY, "seqd-twice": f"{PLAIN['seqd']} --steps=1400"} | RIVALS
-    runs["rcd-twice"] = f"{TRAJECTORY} --steps=1400"
-    runs |= {name: f"{TRAJECTORY} --window=2 --batch_size={rows}"
+    runs = PLAIN | {"rcd": HALF} | TWICE | RIVALS | {"rcd-twice": f"{HALF} --steps=1400"}
+    runs |= {name: f"{HALF} --window=2 --batch_size={rows}"
              for name, rows in (("window-2", batch // 2), ("window-2-twice", batch))}  # fmt: skip
     relay = f"--stage=target --recipe=relay-trajectory {FROM_BASE}"
     runs["relay-trajectory"] = f"{relay} --window=2 --batch_size={batch // 2}"
@@ -330,31 +357,34 @@ def rivals_on(task: str) -> Experiment:
                Curve("RCD, twice the tokens", "rcd-twice", more=more),
                Curve("RCD, window of 2, twice the tokens", "window-2-twice", more=more)]  # fmt: skip
     about = f"{task}: what is carried from step to step, by other papers"
-    return replace(e, about=about, runs=runs, curves=curves, by_curve=True, folder=e.folder or task)
+    return replace(e, about=about, options=f"{e.options} {BEFORE}", runs=runs, curves=curves, by_curve=True,
+                   factors=(), folder=folder)  # fmt: skip
 
 
-def in_pairs(name: str, most: int, prepare: str, folder: str = "") -> Experiment:
+def in_pairs(name: str, most: int, prepare: str) -> Experiment:
     """A puzzle whose tokens are two cells each: p is over 36 tokens, not 6. SeqD with 10 % more steps is the
-    control for compute. folder: with both sides on twice the tokens too, beside the cells that are there."""
-    runs = WITH_COMPUTE | {"rcd": TRAJECTORY, "letter": ALGORITHM_1}
-    curves = [HARD[0], COMPUTE, *HARD[1:], replace(WARM, more=MORE)]
-    if folder:
-        hidden = "loopholing-trajectory"
-        runs |= {hidden: RIVALS[hidden], "seqd-twice": f"{PLAIN['seqd']} --steps=1400",
-                 "rcd-twice": f"{TRAJECTORY} --steps=1400"}  # fmt: skip
-        curves += [replace(COLD, more=MORE), Curve(hidden, hidden, more=MORE),
-                   Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
-                   Curve("RCD, twice the tokens", "rcd-twice", more=MORE)]  # fmt: skip
+    control for compute."""
     about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill, all of them right"
-    return Experiment(about, "", runs, curves, (1, 2, 4, 6, 9, most), within=(2, 3, 4, 5, 6, 8),
-                      prepare=prepare, by_curve=bool(folder), folder=folder)
+    curves = [HARD[0], COMPUTE, *HARD[1:], OF_HIDDEN, OF_BEFORE]
+    return Experiment(about, "", WITH_HALF | HIDDEN, curves, (1, 2, 4, 6, 9, most),
+                      factors=FACTORS, within=(2, 3, 4, 5, 6, 8), prepare=prepare)  # fmt: skip
+
+
+def with_more(name: str, most: int, prepare: str, folder: str) -> Experiment:
+    """By the recipe of before, with Algorithm 1 and both sides on twice the tokens beside it."""
+    runs = WITH_COMPUTE | {"rcd": HALF, "letter": ALGORITHM_1, **HIDDEN,
+                           **TWICE, "rcd-twice": f"{HALF} --steps=1400"}  # fmt: skip
+    curves = [HARD[0], COMPUTE, *HARD[1:], replace(WARM, more=MORE), replace(COLD, more=MORE), OF_HIDDEN,
+              *OF_TWICE]  # fmt: skip
+    e = in_pairs(name, most, prepare)
+    return replace(e, options=BEFORE, runs=runs, curves=curves, factors=(), by_curve=True, folder=folder)
 
 
 def with_depth(e: Experiment) -> Experiment:
     """Looped layers beside as many layers with weights of their own: passes of half as much compute again.
     And other budgets of trajectories."""
     runs = {"deep-base": "--stage=base --n_layer=6", "deep-seqd": "--stage=reference --init_from={deep-base}",
-            "deep-rcd": "--stage=target --init_from={deep-base}"}  # fmt: skip
+            "deep-rcd": f"--stage=target --init_from={{deep-base}} {FIXED}"}  # fmt: skip
     loops = {name: RIVALS[name] for name in ("loop", "loop-trajectory")}
     curves = [Curve("SeqD, six layers", "deep-seqd", {"carry": "none"}, more=MORE),
               Curve("RCD, six layers", "deep-rcd", more=MORE),
@@ -363,45 +393,44 @@ def with_depth(e: Experiment) -> Experiment:
     return replace(e, runs=e.runs | runs, curves=e.curves + curves + OTHER_BUDGETS)
 
 
+OF_COMPUTE = PLAIN | {"rcd": HALF}  # the runs of "compute" that others are made of
 EXPERIMENTS |= {
     "pairs-8": Experiment(
         "8x8 Sudoku, one solution, tokens of two cells, 20 of 32 to fill, all of them right; the base is "
         "trained for 4,000 steps, the others for 1,000",
         "",
         {"base": "--stage=base --base_steps=4000",
-         **{f"{name}{twice}": f"{options} --steps={steps}" for twice, steps in (("", 1000), ("-twice", 2000))
-            for name, options in (("seqd", PLAIN["seqd"]), ("rcd", TRAJECTORY))},
+         **{name: f"{WITH_HALF[name]} --steps=1000" for name in ("seqd", "rcd", "half")},
          "seqd-compute": f"{PLAIN['seqd']} --steps=1100"},
-        [HARD[0], COMPUTE, *HARD[1:],
-         Curve("SeqD, twice the tokens", "seqd-twice", {"carry": "none"}, more=MORE),
-         Curve("RCD, twice the tokens", "rcd-twice", more=MORE), *on_both("factor", SWEEPS["factor"])],
-        (1, 2, 4, 6, 9, 13, 20), within=(2, 3, 4, 5, 6, 8), by_curve=True,
+        [HARD[0], COMPUTE, HARD[1], OF_BEFORE],
+        (1, 2, 4, 6, 9, 13, 20), factors=FACTORS, within=(2, 3, 4, 5, 6, 8), by_curve=True,
         prepare="--pairs --size=8 --train=100000",
     ),
     "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
-    "pairs-more": with_depth(in_pairs("6x6 Sudoku", 13, "--pairs", folder="pairs")),
-    "squares-pairs": in_pairs("6x6 Latin squares", 12, "--pairs --no_boxes", folder="squares-pairs"),
-    "rivals": rivals_on("sudoku"),
-    "rivals-sums": rivals_on("sums-alike"),
+    "pairs-more": with_depth(with_more("6x6 Sudoku", 13, "--pairs", "pairs-half")),
+    "squares-pairs": with_more("6x6 Latin squares", 12, "--pairs --no_boxes", "squares-pairs"),
+    "rivals": rivals_on("sudoku", "short-base"),
+    "rivals-sums": rivals_on("sums-alike", "sums-half"),
+    "rules": replace(
+        EXPERIMENTS["compute"], about="Sudoku: which cells a step commits, by other papers' rules",
+        runs=OF_COMPUTE, by_curve=True,
+        curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)],
+    ),
     "rewards": replace(
-        EXPERIMENTS["sudoku"], about="Sudoku: a third stage on rewards, by coupled-GRPO",
-        runs=EXPERIMENTS["sudoku"].runs | {f"{run}-grpo": f"-m zoo.rivals.coupled_grpo --model={{{run}}} "
-                                           "--steps=60" for run in ("seqd", "rcd")},
+        EXPERIMENTS["compute"], about="Sudoku: a third stage on rewards, by coupled-GRPO",
+        runs=OF_COMPUTE | {f"{run}-grpo": f"-m zoo.rivals.coupled_grpo --model={{{run}}} "
+                           "--steps=60" for run in ("seqd", "rcd")},
         curves=[*HARD[:2], Curve("SeqD, rewards", "seqd-grpo", {"carry": "none"}, more=MORE),
                 Curve("RCD, rewards", "rcd-grpo", more=MORE)],
-        folder="sudoku", by_curve=True,
-    ),
-    "rules": replace(
-        EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by other papers' rules",
-        curves=[curve for label, sweep in SWEEPS.items() for curve in on_both(label, sweep)],
-        folder="sudoku", by_curve=True,
+        by_curve=True,
     ),
     "policies": replace(
-        EXPERIMENTS["sudoku"], about="Sudoku: which cells a step commits, by a threshold or a learned policy",
+        EXPERIMENTS["compute"], runs=OF_COMPUTE,
+        about="Sudoku: which cells a step commits, by a threshold or a learned policy",
         curves=[*on_both("threshold", SWEEPS["threshold"]),
                 with_policy("SeqD, policy", "seqd", "policy-1-seqd", carry="none"),
                 with_policy("RCD, policy", "rcd", "policy-1")],
-        policies=POLICIES, folder="sudoku", by_curve=True,
+        policies=POLICIES, by_curve=True,
     ),
 }  # fmt: skip
 
@@ -482,10 +511,28 @@ class Cells:
             print(f"python {' '.join(command)}", flush=True)
             if not succeeds([sys.executable, *command]):
                 raise ValueError("its data set was not prepared: see above")
+        if self.e.prepare:
+            made = zoo.read_json(ROOT / self.data / "meta.json")["command"].removeprefix("python ")
+            anew = "remove it, and what it trained"
+            check(made == " ".join(command), f"{self.data} was made by {made}: {anew}")
         return f"python {' '.join(command)}" if self.e.prepare else ""
 
+    def check(self, run: str) -> None:
+        """Raises ValueError for a model that was trained with other options than train.py's would be now."""
+        program, *argv = self.command(run)
+        if program == "train.py":
+            groups = train.Train, train.Shape, Carry
+            presets = functools.partial(checks.defaults, groups, data.load)
+            o, shape, residual = arguments("", *groups, argv=argv, presets=presets)
+            train.checked(o, shape, self.device)
+            options = vars(o) | vars(shape) | vars(residual)
+            unread = checks.LATER[self.stage(run)] | ({"base_steps"} if o.init_from else set())
+            checks.check_done(ROOT / "out" / self.folder(run), options, unread)
+
     def train(self, run: str) -> None:
-        if not (ROOT / "out" / self.folder(run) / "train.json").is_file():
+        if (ROOT / "out" / self.folder(run) / "train.json").is_file():
+            self.check(run)
+        else:
             print(f"python {' '.join(self.command(run))}", flush=True)
             started = (ROOT / "out" / self.folder(run) / "state.safetensors").is_file()
             command = [sys.executable, *self.command(run), *(["--resume"] if started else [])]
@@ -521,13 +568,15 @@ class Cells:
         samplers = [Decoding(rule="static", steps=k, **c.sampler) for k in self.e.steps]
         samplers += [Decoding(rule="threshold", threshold=t, **c.sampler) for t in self.e.thresholds]
         samplers += [Decoding(rule="static", steps=k, **c.sampler) for k in c.more]
+        samplers += [Decoding(rule="factor", factor=f, **c.sampler) for f in self.e.factors]
         return [Setting(c.label, loaded.model, reference and reference.model, s, carry) for s in samplers]
 
     def curve(self, c: Curve) -> list[dict]:
         """Its rows, from its file if that was made of the same settings."""
         path = ROOT / "out" / self.name / f"{re.sub('[^a-zA-Z0-9.]+', '-', c.label)}-{self.seed}.json"
         of_curve = {name: value for name, value in asdict(c).items() if value != ()}
-        made_of = json.loads(json.dumps([of_curve, self.e.steps, self.e.thresholds, self.e.items]))
+        settings = of_curve, self.e.steps, self.e.thresholds, self.e.items, *self.e.factors
+        made_of = json.loads(json.dumps(settings))
         if path.is_file() and (stored := json.loads(path.read_text()))["made_of"] == made_of:
             return stored["rows"]
         dataset, fitted = data.load(self.data), {}
@@ -699,9 +748,10 @@ def table_by_curve(curves: list[list[dict]]) -> list[str]:
 def plot(curves: list[list[dict]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    rules = (("threshold", "confidence threshold"), ("static", "step budget"))
-    for axes, (rule, name) in zip(figure.subplots(1, 2, sharey=True), rules):
+    named = {"threshold": "confidence threshold", "static": "step budget", "factor": "factor"}
+    rules = [(rule, name) for rule, name in named.items() if rule in {r["rule"] for r in curves[0]}]
+    figure = Figure(figsize=(4.5 * len(rules), 4.4), layout="constrained")
+    for axes, (rule, name) in zip(figure.subplots(1, len(rules), sharey=True), rules):
         drawn = []
         for k, rows in enumerate(curves):
             curve = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["nfe"])

@@ -47,5 +47,5 @@ CARRIES = {"remix": remix, "learned": carries.learned}
 # Recipes of train.py: the weight that the sampler is told, and the share of rows that read no residual.
 RECIPES = {name + way: {"weight": "learned"} for name in carries.OWN for way in ("", "-trajectory")}
 RECIPES |= {"scmdm": {"weight": "fixed", "fixed": 0.5}, "loop": {"weight": "fixed", "fixed": 0.0}}
-RECIPES |= {"loop-trajectory": {"weight": "fixed", "fixed": 0.5}}  # as RCD's own recipe has it
+RECIPES |= {"loop-trajectory": {"weight": "entropy"}}  # as RCD's own recipe has it
 ABSENT = {"soft-mask": 0.2, "loopholing": 0.3, "relay": 0.3, "gemma": 0.5, "scmdm": 0.5}

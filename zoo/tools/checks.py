@@ -4,7 +4,6 @@
 """
 
 import errno
-import math
 import shlex
 import shutil
 import sys
@@ -46,9 +45,11 @@ def command(resume: bool = False, program: str = "train.py") -> str:
     return shlex.join([*distributed.launcher(), *program.split(), *typed, *(["--resume"] if resume else [])])
 
 
-def frozen(options: dict, dtype: torch.dtype) -> dict[str, str]:
-    """The options that must be equal for a resumed run to give the same weights."""
-    return {k: str(v) for k, v in options.items() if k not in FREE} | {"dtype": str(dtype)}
+def frozen(options: dict, dtype: torch.dtype, unread: Iterable[str]) -> dict[str, str]:
+    """The options that must be equal for a resumed stage to give the same weights. unread: it reads none of
+    these."""
+    kept = {k: str(v) for k, v in options.items() if k not in FREE and k not in unread}
+    return kept | {"dtype": str(dtype)}
 
 
 def options_of(name: str, *groups: type) -> dict:
@@ -84,17 +85,17 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
     given = options_of(typed.get("options", ""), *groups)
     recipe = typed.get("recipe", "paper" if typed.get("reference") else given.get("recipe"))
     if recipe != given.get("recipe"):
-        its = ("recipe", "weight", "fixed", "absent", "budget", "grow", "window", "reference")
+        its = {"recipe", "absent", "budget", "grow", "window", "reference"} | {f.name for f in fields(Carry)}
         given = {k: v for k, v in given.items() if k not in its}
     values = given | typed
     return implied(values, dataset_of(values.get("data", groups[0].data))) | given
 
 
-# Recipe -> the weight of the residual, unless --weight says. Algorithm 1 has the entropy's, which is small
-# for what is nearly sure but not committed yet. On trajectories a fixed half needs fewer passes, and costs
-# accuracy where passes are many: up to three points where 27 tokens are to fill, ten where 40 are.
+# Recipe -> the weight of the residual, unless --weight says. Eq. 3's is small for what is nearly sure but not
+# committed yet. On trajectories a fixed half needs fewer passes by a threshold, and costs accuracy where
+# there are many: two to three points where 24 or 27 tokens are to fill, ten where 40 are.
 RECIPES = {
-    "trajectory": {"weight": "fixed", "fixed": 0.5},
+    "trajectory": {"weight": "entropy"},
     "paper": {"weight": "entropy"},
     "earlier": {"weight": "fixed", "fixed": 0.5},
     **RIVALS,
@@ -104,15 +105,14 @@ RECIPES = {
 def implied(typed: dict, dataset) -> dict:
     """Defaults that the typed options and the data.Dataset imply.
 
-    A trajectory takes as many training steps as denoising steps: if canvases are long, it sees too few of
-    them. So from 32 tokens to fill it is cut short, with the entropy's weight, and from 64 there are none.
-    Raises ValueError for a weight and a recipe that do not go together.
+    A trajectory takes as many training steps as denoising steps, and the more it takes, the fewer canvases it
+    shows. So it has 8 at most, and where 64 tokens or more are to fill there are none. Raises ValueError for
+    a weight and a recipe that do not go together.
     """
     response = dataset.response("train")
-    to_fill = math.inf if response is None else response[:1024].sum(1).mean()
-    short = to_fill < 64
+    short = response is not None and response[:1024].sum(1).mean() < 64
     recipe = typed.get("recipe", "paper" if typed.get("reference") else "trajectory" if short else "earlier")
-    budget = 8 if to_fill >= 32 and carries.on_trajectories(recipe) else 0
+    budget = 8 if carries.on_trajectories(recipe) else 0
     own, weight = carries.name_of(recipe) in carries.OWN, typed.get("weight", "")
     check(own or weight != "learned", f"weight=learned is for recipes that train a carry, not {recipe}")
     check(not own or weight in ("", "learned"), f"recipe={recipe} trains its own carry: leave --weight out")
@@ -120,7 +120,6 @@ def implied(typed: dict, dataset) -> dict:
           "weight=remix passes no gradient on: it goes with --window=1")
     absent, test_items = (ABSENT | {"earlier": 0.3}).get(recipe, 0.0), 500 if short else 16
     more = {"absent": absent, "budget": budget, "test_items": test_items}
-    more |= {"weight": "entropy"} if recipe == "trajectory" and budget else {}
     return {"recipe": recipe, **RECIPES.get(recipe, {}), **more}
 
 
@@ -129,16 +128,24 @@ LIMITS = {"n_layer": 1000, "buffer": 1000, "window": 1000, "batch_size": 1 << 20
 
 
 def fill_zeros(preset: dict, *groups: object) -> None:
-    """Set every field that is 0 to the preset's value. ValueError: a number below 0, or above its limit."""
+    """Set every field that is 0 to the preset's value. Raises ValueError as check_numbers does."""
     for group in groups:
         for f in fields(group):
             if f.name in preset and not getattr(group, f.name):
                 setattr(group, f.name, preset[f.name])
-            value = getattr(group, f.name)
-            if isinstance(value, (int, float)) and not value >= 0:
-                raise ValueError(f"{f.name}={value} must not be negative")
-            if f.name in LIMITS and value > LIMITS[f.name]:
-                raise ValueError(f"{f.name}={value} must be at most {LIMITS[f.name]:,}")
+        check_numbers(group)
+
+
+def check_numbers(o) -> None:
+    """Raises ValueError for a number below 0 or above its limit, and for a dtype that is not trained in."""
+    for f in fields(o):
+        value = getattr(o, f.name)
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{f.name}={value} must not be negative")
+        if f.name in LIMITS and value > LIMITS[f.name]:
+            raise ValueError(f"{f.name}={value} must be at most {LIMITS[f.name]:,}")
+    if getattr(o, "dtype", "") == "float16":
+        raise ValueError("dtype=float16 would need loss scaling: train in bfloat16 or float32")
 
 
 def check_choices(o, choices: dict[str, Iterable[str]]) -> None:
@@ -170,10 +177,10 @@ def check_options(o, block_size: int) -> None:
         (o.budget == 1, "budget=1: a trajectory has at least 2 steps, or with 0 one a token"),
         (o.budget and not trajectory, f"--budget is read by recipes on trajectories, not by {o.recipe}"),
         (o.grow and not trajectory, f"--grow is read by recipes on trajectories, not by {o.recipe}"),
+        (o.grow and o.budget == 2, "--grow begins with 2 steps: --budget=2 leaves nothing to grow to"),
         (o.window > 1 and not trajectory, f"--window is read by recipes on trajectories, not by {o.recipe}"),
         (o.t_per == "block" and not (block_size or o.init_from),
          "--t_per=block needs a block-causal model: --block_size=b"),
-        (o.dtype == "float16", "dtype=float16 would need loss scaling: train in bfloat16 or float32"),
         (o.shard == "full" and distributed.processes() == 1,
          "--shard=full shares a model out to several processes: torchrun --nproc_per_node=N train.py ..."),
         (o.offload and o.shard != "full",

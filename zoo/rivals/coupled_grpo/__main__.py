@@ -61,6 +61,8 @@ def main() -> None:
     (o,) = arguments(__doc__, Train)
     for name in ("steps", "canvases", "passes", "inner", "sync"):
         check(getattr(o, name) > 0, f"{name}={getattr(o, name)} must be at least 1")
+    checks.check_numbers(o)
+    check(o.lr <= 1, f"lr={o.lr} must be at most 1")
     check(o.group > 1, f"group={o.group} must be at least 2: a completion is compared with the others")
     device, dtype, reason = pick_device(o.device, o.dtype)
     loaded = zoo.load(o.model, device, torch.float32)
@@ -102,7 +104,8 @@ def main() -> None:
                 with autocast(device, dtype):
                     new = log_probability(model, tokens, response, d, context)
                 grpo_loss(new, old, ref, advantage, response, o.epsilon, o.beta).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+                check(math.isfinite(norm), f"the gradient became {norm} at step {done}: lower lr={o.lr}")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             done += 1

@@ -111,7 +111,7 @@ def train_stage(stage: str, o: Train, shape: Shape, dataset: data.Dataset, lengt
         model = init_weights(DiT(DiTConfig(dataset.meta["vocab_size"], dataset.mask_id, **size)), first)
     model, batch = model.to(device), training.batches(dataset, "train", length)
     state, recent, mean = training.State(model, o, []), [], 0.0
-    frozen = checks.frozen(asdict(o) | asdict(shape), dtype)
+    frozen = checks.frozen(asdict(o) | asdict(shape), dtype, IGNORED[stage])
     folder.mkdir(parents=True, exist_ok=True)
     checks.begin_anew(folder, STAGES, o)
     if o.resume and checks.states(folder):
@@ -166,6 +166,7 @@ def train(argv: list[str]) -> None:
     o, shape = arguments(__doc__, Train, Shape, argv=argv)
     checks.check_choices(o, {"stage": (*STAGES, "all"), "teacher": TEACHERS, "rate": RATES,
                                "schedule": ("cosine", "constant")})  # fmt: skip
+    checks.check_numbers(o)
     for name in ("steps", "few_steps", "batch_size", "save_every"):
         check(getattr(o, name) > 0, f"{name}={getattr(o, name)} must be at least 1")
     for name, value in asdict(shape).items():

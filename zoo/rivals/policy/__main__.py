@@ -56,6 +56,8 @@ class Options:
         for name, least in least_of.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.lr > 1:
+            raise ValueError(f"lr={self.lr} must be at most 1")
         if Path(self.out).is_dir():
             raise ValueError(f"cannot write {self.out}: it is a folder")
 
