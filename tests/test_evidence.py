@@ -186,6 +186,21 @@ def test_one_command_makes_the_cells_once_and_writes_table_and_figures(trial):
     rows = json.loads((folder / "trial.json").read_text())["curves"][0]
     rules = "static", "threshold", "factor"
     assert [(r["rule"], r["value"]) for r in rows] == [*zip(rules, (3, 0.5, 2.0))]
+    # Other options of the runs, or other defaults of train.py: what is there is no cell of this table.
+    e = experiment.EXPERIMENTS["trial"]
+    experiment.EXPERIMENTS["trial"] = replace(e, options=f"{e.options} --lr=0.5")
+    with pytest.raises(ValueError, match=r"was trained with other options: lr=0.001 \(now 0.5\)"):
+        go("--seeds=1")
+
+
+def test_data_that_another_command_made_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    cells = experiment.Cells("squares", 1)
+    made = "python data/sudoku/prepare.py --no_boxes --given=11 --out=out/squares/data"
+    (tmp_path / cells.data).mkdir(parents=True)
+    (tmp_path / cells.data / "meta.json").write_text(json.dumps({"command": made}))
+    with pytest.raises(ValueError, match="out/squares/data was made by .* --given=11 .*: remove it"):
+        cells.prepare()
 
 
 @pytest.mark.parametrize("argv, words", [

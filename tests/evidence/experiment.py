@@ -72,7 +72,7 @@ class Experiment:
     judge: str = ""  # text: the autoregressive run that judges what was written
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
-    prepare: str = ""  # its own data: options of data/sudoku/prepare.py, written to out/<folder>/data
+    prepare: str = ""  # its own data, out/<folder>/data: NAME and options of data/NAME/prepare.py
     policies: dict[str, str] = field(default_factory=dict)  # name -> options of zoo.rivals.policy
 
 
@@ -94,7 +94,7 @@ WARM = Curve("by the letter, warm", "letter", {"start": "warm"}, reference="seqd
 SELF = Curve("RCD, self start", "rcd", {"start": "self"})
 BY_LETTER = {"rcd": HALF, "letter": ALGORITHM_1}  # Algorithm 1 by the letter, beside the recipe of before
 MORE = (3, 5, 7)
-TEN = "--given=10 --train=50000"  # an easier Sudoku
+TEN = "sudoku --given=10 --train=50000"  # an easier Sudoku
 WITH_COMPUTE = PLAIN | {"seqd-compute": PLAIN["seqd"] + " --steps=770"}
 COMPUTE = Curve("SeqD, 10 % more steps", "seqd-compute", {"carry": "none"}, more=MORE)
 OTHER_BUDGETS = [Curve("RCD, entropy, 8 steps", "entropy", more=MORE),
@@ -149,7 +149,7 @@ EXPERIMENTS = {
     "squares": Experiment(
         "6x6 Latin squares with one solution, 12 given, 24 cells to fill; all of the canvas must be right",
         "--batch_size=64", WITH_HALF, [HARD[0], COMPUTE, *HARD[1:], OF_BEFORE], (1, 2, 4, 6, 9, 13, 24),
-        factors=FACTORS, prepare="--no_boxes",
+        factors=FACTORS, prepare="sudoku --no_boxes",
     ),
     "sums-alike": Experiment(
         "chain of thought: five running sums of six one-digit numbers, all of them right; all masks weigh "
@@ -158,6 +158,14 @@ EXPERIMENTS = {
         [SEQD, replace(COMPUTE, more=()), RCD, SELF, Curve("RCD, 4 steps", "four"),
          replace(OF_BEFORE, more=())],
         **FEW,
+    ),
+    "sums-12": Experiment(
+        "longer running sums: eleven of twelve one-digit numbers, 32 tokens, all of them right; all masks weigh "
+        "alike",
+        "--batch_size=64 --weighting=1", WITH_COMPUTE | {"rcd": TRAJECTORY},
+        [SEQD, replace(COMPUTE, more=()), RCD],
+        steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 4, 8, 32),
+        prepare="sums --terms=12",
     ),
     "sums": Experiment(
         "the running sums with 1/t, from a base of 1,000 steps, a fixed weight of a half",
@@ -175,7 +183,7 @@ EXPERIMENTS = {
         "6x6 Latin squares, from a base of 1,000 steps, a fixed weight of a half beside Eq. 3's",
         f"--batch_size=64 {BEFORE}", WITH_COMPUTE | {"rcd": HALF, "entropy": SHORT, "grow": GROW},
         [HARD[0], COMPUTE, *HARD[1:], *OTHER_BUDGETS],
-        (1, 2, 4, 6, 9, 13, 24), prepare="--no_boxes",
+        (1, 2, 4, 6, 9, 13, 24), prepare="sudoku --no_boxes",
     ),
     "sudoku-10": Experiment(
         "6x6 Sudoku, 10 given, 26 cells to fill, one solution; all of the canvas must be right",
@@ -404,11 +412,11 @@ EXPERIMENTS |= {
          "seqd-compute": f"{PLAIN['seqd']} --steps=1100"},
         [HARD[0], COMPUTE, HARD[1], OF_BEFORE],
         (1, 2, 4, 6, 9, 13, 20), factors=FACTORS, within=(2, 3, 4, 5, 6, 8), by_curve=True,
-        prepare="--pairs --size=8 --train=100000",
+        prepare="sudoku --pairs --size=8 --train=100000",
     ),
-    "pairs": in_pairs("6x6 Sudoku", 13, "--pairs"),
-    "pairs-more": with_depth(with_more("6x6 Sudoku", 13, "--pairs", "pairs-half")),
-    "squares-pairs": with_more("6x6 Latin squares", 12, "--pairs --no_boxes", "squares-pairs"),
+    "pairs": in_pairs("6x6 Sudoku", 13, "sudoku --pairs"),
+    "pairs-more": with_depth(with_more("6x6 Sudoku", 13, "sudoku --pairs", "pairs-half")),
+    "squares-pairs": with_more("6x6 Latin squares", 12, "sudoku --pairs --no_boxes", "squares-pairs"),
     "rivals": rivals_on("sudoku", "short-base"),
     "rivals-sums": rivals_on("sums-alike", "sums-half"),
     "rules": replace(
@@ -506,16 +514,18 @@ class Cells:
 
     def prepare(self) -> str:
         """Make the experiment's own data set, if it has one and it is not there. -> the command, or ""."""
-        command = ["data/sudoku/prepare.py", *self.e.prepare.split(), f"--out={self.data}"]
-        if self.e.prepare and not (ROOT / self.data / "meta.json").is_file():
+        if not self.e.prepare:
+            return ""
+        name, *options = self.e.prepare.split()
+        command = [f"data/{name}/prepare.py", *options, f"--out={self.data}"]
+        if not (ROOT / self.data / "meta.json").is_file():
             print(f"python {' '.join(command)}", flush=True)
             if not succeeds([sys.executable, *command]):
                 raise ValueError("its data set was not prepared: see above")
-        if self.e.prepare:
-            made = zoo.read_json(ROOT / self.data / "meta.json")["command"].removeprefix("python ")
-            anew = "remove it, and what it trained"
-            check(made == " ".join(command), f"{self.data} was made by {made}: {anew}")
-        return f"python {' '.join(command)}" if self.e.prepare else ""
+        made = zoo.read_json(ROOT / self.data / "meta.json")["command"].removeprefix("python ")
+        anew = "remove it, and what it trained"
+        check(made == " ".join(command), f"{self.data} was made by {made}: {anew}")
+        return f"python {' '.join(command)}"
 
     def check(self, run: str) -> None:
         """Raises ValueError for a model that was trained with other options than train.py's would be now."""
