@@ -160,8 +160,8 @@ EXPERIMENTS = {
         **FEW,
     ),
     "sums-12": Experiment(
-        "longer running sums: eleven of twelve one-digit numbers, 32 tokens, all of them right; all masks weigh "
-        "alike",
+        "longer running sums: eleven of twelve one-digit numbers, 32 tokens, all of them right; all masks "
+        "weigh alike",
         "--batch_size=64 --weighting=1", WITH_COMPUTE | {"rcd": TRAJECTORY},
         [SEQD, replace(COMPUTE, more=()), RCD],
         steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.7, 0.85, 0.95, 0.99), within=(1, 2, 4, 8, 32),
