@@ -70,6 +70,7 @@ class Experiment:
     items: int = 500  # test canvases
     within: tuple[int, ...] = (3, 4, 5, 6, 8)  # forward passes, of the summary
     judge: str = ""  # text: the autoregressive run that judges what was written
+    drawn: tuple[str, ...] = ()  # labels of the curves in the picture; () = all
     by_curve: bool = False  # the table has a line per curve, for many of them, not a line per setting
     folder: str = ""  # of its cells, under out/; default: its name. Shared by experiments that share runs
     prepare: str = ""  # its own data, out/<folder>/data: NAME and options of data/NAME/prepare.py
@@ -107,6 +108,7 @@ OF_HIDDEN = Curve("loopholing-trajectory", "loopholing-trajectory", more=MORE)
 OF_BEFORE = Curve("RCD, a half, no limit", "half", more=MORE)
 WITH_HALF = WITH_COMPUTE | {"rcd": TRAJECTORY, "half": f"{HALF} --budget=0"}
 FACTORS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
+DRAWN = "SeqD", COMPUTE.label, "RCD", OF_HIDDEN.label
 FEW = {"steps": (1, 2, 4, 8, 15), "thresholds": (0.5, 0.7, 0.85, 0.95, 0.99), "within": (1, 2, 3, 4, 15)}
 HARD = [replace(SEQD, more=MORE), replace(RCD, more=MORE), replace(SELF, more=MORE)]
 
@@ -144,7 +146,7 @@ EXPERIMENTS = {
         "--data=sudoku", WITH_HALF | TWICE | HIDDEN | {"grow": f"{GROW} --budget=0"},
         [HARD[0], COMPUTE, *HARD[1:], *OF_TWICE, OF_HIDDEN, OF_BEFORE,
          Curve("RCD, a half, steps grow", "grow", more=MORE)],
-        (1, 2, 4, 6, 9, 13, 27), factors=FACTORS,
+        (1, 2, 4, 6, 9, 13, 27), factors=FACTORS, drawn=DRAWN,
     ),
     "squares": Experiment(
         "6x6 Latin squares with one solution, 12 given, 24 cells to fill; all of the canvas must be right",
@@ -375,7 +377,7 @@ def in_pairs(name: str, most: int, prepare: str) -> Experiment:
     about = f"{name}, one solution, tokens of two cells, {most} of 18 to fill, all of them right"
     curves = [HARD[0], COMPUTE, *HARD[1:], OF_HIDDEN, OF_BEFORE]
     return Experiment(about, "", WITH_HALF | HIDDEN, curves, (1, 2, 4, 6, 9, most),
-                      factors=FACTORS, within=(2, 3, 4, 5, 6, 8), prepare=prepare)  # fmt: skip
+                      factors=FACTORS, within=(2, 3, 4, 5, 6, 8), prepare=prepare, drawn=DRAWN)  # fmt: skip
 
 
 def with_more(name: str, most: int, prepare: str, folder: str) -> Experiment:
@@ -829,7 +831,8 @@ def main() -> None:
     write_atomic(HERE / f"{o.name}.json", lambda path: path.write_text(figures))
     write_atomic(HERE / f"{o.name}.md", lambda path: path.write_text("\n".join(text).rstrip() + "\n"))
     if not e.by_curve:
-        plot(curves, HERE / f"{o.name}.png", e.about)
+        drawn = [rows for rows in curves if not e.drawn or rows[0]["label"] in e.drawn]
+        plot(drawn, HERE / f"{o.name}.png", e.about)
     print("\n".join(text))
 
 
