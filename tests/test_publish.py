@@ -135,11 +135,10 @@ def test_a_model_that_no_command_here_reads_is_not_pushed(folder, api, capsys):
 
 
 def test_the_shipped_model_has_a_card(api, capsys, tmp_path):
-    """Its train.json is of an earlier version."""
     for name in ("config.json", "train.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((ROOT / "zoo/sudoku/target" / name).read_bytes())
     assert pushed(capsys, tmp_path, "you/name", "--license=mit", "--dry_run")[0] == 0
-    assert "weight=fixed, fixed=0.5" in (tmp_path / "README.md").read_text()
+    assert "weight=entropy" in (tmp_path / "README.md").read_text()
 
 
 def test_the_citation_is_of_this_project_and_of_the_paper():
