@@ -230,7 +230,7 @@ EXPERIMENTS = {
         {"base": "--stage=base --base_steps=2000",
          "judge": "--stage=base --base_steps=4000 --block_size=1 --seed=7",
          "seqd": f"--stage=reference {FROM_BASE} --steps=1400",
-         "rcd": HALF + " --recipe=trajectory --steps=1400",
+         "rcd": EARLIER + " --steps=1400",
          "letter": ALGORITHM_1 + " --steps=1400"},
         [SEQD, RCD, COLD, WARM],
         steps=(1, 2, 4, 8, 16, 32), thresholds=(0.5, 0.9), items=200, within=(1, 4, 8, 16, 32), judge="judge",

@@ -93,7 +93,7 @@ def defaults(groups: tuple[type, ...], dataset_of: Callable, typed: dict) -> dic
 
 # Recipe -> the weight of the residual, unless --weight says. Eq. 3's is small for what is nearly sure but not
 # committed yet. On trajectories a fixed half needs fewer passes by a threshold, and costs accuracy where
-# there are many: two to three points where 24 or 27 tokens are to fill, ten where 40 are.
+# there are many: ten points where 40 tokens are to fill.
 RECIPES = {
     "trajectory": {"weight": "entropy"},
     "paper": {"weight": "entropy"},

@@ -93,8 +93,8 @@ def arguments(doc: str, *groups: type, argv: list[str] | None = None,
             kind = kinds[f.name]
             how = {"type": {int: whole(), float: number}.get(kind, kind), "metavar": kind.__name__.upper()}
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-            default = "" if f.default in ("", None) else f" [{f.default}]"
-            note = notes[f.name].replace("%", "%%") + default
+            shown = f.default not in ("", None) and "default: " not in notes[f.name]
+            note = notes[f.name].replace("%", "%%") + (f" [{f.default}]" if shown else "")
             section.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=note, **how)
     typed = vars(parser.parse_args(argv))
     values = {**(presets(typed) if presets else {}), **typed}
