@@ -788,5 +788,5 @@ def test_help_explains_every_option(monkeypatch, capsys, script, groups):
             kind = f", --no-{field.name}" if field.type is bool else f" {field.type.__name__.upper()}"
             (note,) = re.findall(rf"^  --{field.name}{kind}\s+(.+)$", out, re.M)
             assert len(note.split()) > 1 and not note.endswith((",", ";", "|"))
-            told = field.default in ("", None) or "default: " in note  # by the comment, if something implies it
+            told = field.default in ("", None) or "default: " in note  # something implies it
             assert told != note.endswith(f" [{field.default}]")
