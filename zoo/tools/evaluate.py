@@ -24,8 +24,7 @@ from zoo.tools.command import autocast
 # Commit rules that keep no step budget: the field that says how careful they are, and its values in a table.
 CAREFUL = "threshold", (0.5, 0.7, 0.85, 0.95, 0.99)
 SWEPT = {
-    "threshold": ("threshold", (0.3, 0.5, 0.7, 0.85, 0.95)),
-    "klass": CAREFUL, "r2": CAREFUL, "r2-spatial": CAREFUL, "r2-temporal": CAREFUL, "wino": CAREFUL,
+    **dict.fromkeys(("threshold", "klass", "r2", "r2-spatial", "r2-temporal", "wino"), CAREFUL),
     "factor": ("factor", (2.0, 1.0, 0.5, 0.2, 0.05)),
     "entropy-bounded": ("entropy_bound", (3.0, 1.0, 0.3, 0.1, 0.03)),
     "policy": ("policy_speed", (0.5, 1.0, 2.0, 4.0, 8.0)),

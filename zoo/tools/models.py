@@ -269,7 +269,6 @@ def final_table(r: Run) -> None:
     tokens = float(dataset.response("test")[: o.test_items].sum(1).mean())
     length = dataset.meta["length"]
     settings = sweep(seqd, target, warm, Decoding(start=start), r.residual, tokens,
-                     thresholds=[0.5, 0.7, 0.85, 0.95, 0.99],
                      blocks=-(-length // (target.config.block_size or length)))  # fmt: skip
     rows = evaluate(settings, dataset, "test", o.test_items, o.batch_size, r.dtype, o.seed)
     text = json.dumps({"command": command(), "seed": o.seed, "rows": rows}) + "\n"
