@@ -139,17 +139,19 @@ class Puzzles(data.Dataset):
     @classmethod
     def read(cls, path: str, loaded: Loaded, task: data.Dataset) -> "Puzzles":
         """Raises ValueError that names the first line which is no such pair."""
-        rows, mask = [], task.mask_id
+        rows, mask, grid = [], task.mask_id, task.layout is not str
         for number, line in enumerate(read_text(path, "puzzles").splitlines(), 1):
             try:
                 pair = [encode(part, loaded) for part in line.split()]
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
-            rows += [pair] if pair else []
-            cells = loaded.meta.get("length") or len(rows[0][0] if rows else [])
+            if not pair:
+                continue
+            rows.append(pair)
+            cells = grid and loaded.meta.get("length") or len(rows[0][0])  # a grid is whole, as in canvas_of
             fits = len(pair) == 2 and all(len(ids) == cells for ids in pair)
             fits = fits and mask in pair[0] and all(s != mask and g in (mask, s) for g, s in zip(*pair))
-            if pair and not fits:
+            if not fits:
                 wanted = f"a canvas of {cells} tokens with _ for those to fill, a space, and its solution"
                 raise ValueError(f"{path}, line {number}: expected {wanted}")
         pairs = np.array(rows).transpose(1, 0, 2)

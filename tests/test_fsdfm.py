@@ -543,6 +543,7 @@ def test_the_table_of_a_judge(text, tmp_path, monkeypatch, tiny, capsys):
 @pytest.mark.parametrize("argv,message", [
     (["train", "--d_cond=0"], "d_cond=0 must be at least 1"), (["train", "--n_layer=-1"], "n_layer=-1 must"),
     (["train", "--teacher=x"], "choose from rk4, rk2"), (["train", "--steps=0"], "at least 1"),
+    (["train", "--steps=-1"], "steps=-1 must not be negative"),
     (["train", "--clip=-1"], "clip=-1.0 must not be"), (["train", "--dtype=float16"], "loss scaling"),
     (["sample", "--steps=8,x"], "should be numbers"), (["sample", "--count=0"], "at least 1"),
     (["sample", "--temperature=0"], "must be above 0"),

@@ -138,7 +138,19 @@ def test_the_shipped_model_has_a_card(api, capsys, tmp_path):
     for name in ("config.json", "train.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((ROOT / "zoo/sudoku/target" / name).read_bytes())
     assert pushed(capsys, tmp_path, "you/name", "--license=mit", "--dry_run")[0] == 0
-    assert "weight=entropy" in (tmp_path / "README.md").read_text()
+    assert "weight=entropy, fixed=0.3" in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_of_an_earlier_version_has_a_card(api, capsys, tmp_path):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "zoo/sudoku/target" / name).read_bytes())
+    meta = json.loads((ROOT / "zoo/sudoku/target/train.json").read_text())
+    then = {"weight": "fixed", "fixed": 0.5, "t_res": 1.0, "temper_delta": False, "residual_top_k": 0}
+    later = "budget", "grow", "adam", "weighting", "lora", "shard", "residual_epsilon"
+    options = {k: v for k, v in meta["options"].items() if k not in later}
+    (tmp_path / "train.json").write_text(json.dumps(meta | {"residual": then, "options": options}))
+    assert pushed(capsys, tmp_path, "you/name", "--license=mit", "--dry_run")[0] == 0
+    assert "weight=fixed, fixed=0.5" in (tmp_path / "README.md").read_text()
 
 
 def test_the_citation_is_of_this_project_and_of_the_paper():

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 import rcd
 import sample
 import train
+import zoo
+from data import canvases
 from data.sudoku import prepare
 from rcd import Residual, Sampler, denoise
 from zoo import files
@@ -584,6 +586,14 @@ def test_a_puzzle_of_another_size_than_the_model_learned_is_named(cli, tmp_path)
     (tmp_path / "p.txt").write_text("_2 12\n")
     code, _, told = cli("--model=sudoku/target", f"--eval={tmp_path}/p.txt")
     assert code == 2 and "p.txt, line 1: expected a canvas of 36 tokens with _" in told.splitlines()[-1]
+    loaded = zoo.load("sudoku/target")
+    task = dataclasses.replace(canvases.task_of(loaded), layout=str)  # a line of text may be shorter
+    assert canvases.Puzzles.read(f"{tmp_path}/p.txt", loaded, task).rows.shape == (2, 1, 2)
+
+
+def test_no_rule_is_named_as_a_way_out_of_a_carry_that_eval_tries_anyway(cli):
+    code, _, told = cli("--eval=sudoku", "--carry=none")
+    assert code == 2 and told.splitlines()[-1].endswith("several values of --carry: leave it out")
 
 
 def test_intervals_are_bootstrap_intervals():
@@ -651,7 +661,6 @@ def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
     (["--eval=sudoku", "--steps=2", "--carry=none"], "--eval tries several values of --steps and --carry"),
     (["--eval=sudoku", "--threshold=0.6"], "--eval tries several values of --threshold: leave it out"),
     (["--eval=sudoku", "--rule=factor", "--factor=1"], "--eval tries several values of --factor"),
-    (["--eval=sudoku", "--carry=none"], "--eval tries several values of --carry: leave it out"),
     (["--eval=nowhere.txt"], "--eval=nowhere.txt: there is no such file"),
     (["--html=run.svg", "--svg=./run.svg"], "./run.svg would be overwritten"),
     (["--prompt=bad0.txt", "--html=bad0.txt"], "bad0.txt would be overwritten"),

@@ -396,7 +396,7 @@ def test_a_typed_recipe_brings_its_own_residual(run, monkeypatch):
 
     assert again("--lr=0.5") == ("earlier", "fixed", 0.25, 0.3)
     assert again("--recipe=earlier") == ("earlier", "fixed", 0.25, 0.3)
-    assert again("--recipe=trajectory")[:2] == ("trajectory", "entropy")
+    assert again("--recipe=trajectory") == ("trajectory", "entropy", 0.3, 0.0)
     assert again("--recipe=paper")[:2] == ("paper", "entropy")
     assert again("--recipe=paper", "--weight=one")[:2] == ("paper", "one")
     assert again("--reference=b/base")[:2] == ("paper", "entropy")

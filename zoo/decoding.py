@@ -188,7 +188,7 @@ class Dirichlet:
 
 @dataclass(frozen=True)
 class Carry(Residual):
-    """What is carried from step to step: the weight alpha, and Delta. [Defaults] give way to the recipe's"""
+    """What is carried from step to step: alpha and Delta. [Defaults] give way to the recipe's or model's"""
 
     weight: str = "entropy"  # alpha: entropy (Eq. 3) | confidence | fixed | one | 1-entropy | 1-confidence |
     # top-1 (one, and Delta = E[argmax]) | remix (zoo/rivals) | learned (the model's own carry)

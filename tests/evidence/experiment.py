@@ -66,7 +66,7 @@ class Experiment:
     curves: list[Curve]
     steps: tuple[int, ...] = (1, 2, 4, 6, 9, 13, 26)
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95, 0.99, 0.999)
-    factors: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()  # of --rule=factor
     items: int = 500  # test canvases
     within: tuple[int, ...] = (3, 4, 5, 6, 8)  # forward passes, of the summary
     judge: str = ""  # text: the autoregressive run that judges what was written

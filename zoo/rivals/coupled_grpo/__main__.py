@@ -105,6 +105,7 @@ def main() -> None:
                     new = log_probability(model, tokens, response, d, context)
                 grpo_loss(new, old, ref, advantage, response, o.epsilon, o.beta).backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip or math.inf)
+                # On a GPU the host waits here, as it did at every step of the sampler.
                 check(math.isfinite(norm), f"the gradient became {norm} at step {done}: lower lr={o.lr}")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
